@@ -1,0 +1,156 @@
+"""What can be set, with which defaults and limits? These models are the schema, the docs and the validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+OWN_FLAGS = frozenset({"-m", "--model", "--host", "--port", "-mm", "--mmproj", "--models-dir", "-hf", "--hf-repo"})
+"""Child flags that the supervisor sets itself; `args` may not repeat them."""
+
+Seconds = Annotated[float, Field(ge=0, le=86400 * 365, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values are never coerced across types."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, frozen=True, validate_default=True)
+
+
+class ServerSection(Section):
+    """The front: where it listens, how it stops, which llama-server it runs."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; several with commas.")
+    port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 lets the system choose one.")
+    drain_seconds: Seconds = Field(30, description="On SIGTERM, how long running answers may go on.")
+    stop_seconds: Seconds = Field(
+        5, description="How long a child may take to exit after SIGTERM before SIGKILL."
+    )
+    llama_server: Path | None = Field(
+        None, description="The llama-server binary; default: the one that `llama-supervisor build` made."
+    )
+    runtime_dir: Path | None = Field(
+        None, description="Folder for sockets and locks (made 0700); default: the user's runtime folder."
+    )
+
+
+class ModelOverride(Section):
+    """Settings of one model; whatever is not set here comes from the other sections."""
+
+    args: list[str] = Field([], description="llama-server flags, added last so that they win.")
+    env: dict[str, str] = Field({}, description="Environment variables for the child.")
+    aliases: list[str] = Field([], description="Other names for the model.")
+    pin: bool = Field(False, description="Never unload the model to make room for another.")
+    idle_unload_seconds: Seconds | None = Field(
+        None, description="Unload after so many seconds without a request; 0: never; null: as in `models`."
+    )
+    context_size: int | None = Field(None, ge=8, description="Context in tokens; null: as in `performance`.")
+
+    @field_validator("args")
+    @classmethod
+    def _keep_own_flags(cls, args: list[str]) -> list[str]:
+        for arg in args:
+            if arg.split("=", 1)[0] in OWN_FLAGS:
+                raise ValueError(f"{arg.split('=', 1)[0]} is set by the supervisor and cannot be overridden")
+        return args
+
+
+class ModelsSection(Section):
+    """Which models there are, and how many run at once."""
+
+    directory: Path = Field(
+        Path("models"), description="Folder scanned for GGUF files; relative to the config file."
+    )
+    default_model: str | None = Field(
+        None, description="Model used when a request names none or `auto`; default: the only one, else the first."
+    )
+    unknown_model: Literal["error", "default"] = Field(
+        "error", description="A request for an unknown model is a 404 (`error`) or goes to the default model."
+    )
+    max_loaded_models: int = Field(3, ge=1, le=1024, description="Most models that run at the same time.")
+    preload: list[str] = Field([], description="Models started with the supervisor.")
+    idle_unload_seconds: Seconds = Field(
+        0, description="Unload a model after so many seconds without a request; 0: never."
+    )
+    scan_interval_seconds: Seconds = Field(
+        60, description="Rescan at least so often, for file systems that send no events; 0: events only."
+    )
+    settle_seconds: Seconds = Field(
+        1, description="A file is offered once it has not changed for so many seconds."
+    )
+    load_stall_seconds: Seconds = Field(
+        120, description="A load without any progress for so many seconds is given up."
+    )
+    overrides: dict[str, ModelOverride] = Field({}, description="Settings per model id.")
+
+
+class PerformanceSection(Section):
+    """How children run; null leaves the choice to the supervisor or to llama-server."""
+
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads per child; null: llama-server's.")
+    batch_size: int | None = Field(None, ge=1, le=1 << 20, description="Logical batch in tokens.")
+    context_size: int | None = Field(
+        None, ge=8, le=1 << 27, description="Context in tokens; null: the model's own, cut to fit in memory."
+    )
+    gpu_layers: int | Literal["auto", "all"] = Field("auto", description="Layers kept on the GPU.")
+    parallel: int | None = Field(None, ge=1, le=256, description="Slots per child; null: llama-server's.")
+
+
+class InferenceSection(Section):
+    """How requests are matched with running models."""
+
+    max_wait_seconds: Seconds = Field(
+        5, description="How long busy models may keep a waiting one out before they are drained for it."
+    )
+    queue_limit: int = Field(256, ge=0, le=1 << 20, description="Most requests that wait for one model.")
+    queue_timeout_seconds: Seconds = Field(600, description="Longest wait for a model before a 503.")
+
+
+class AtlasSection(Section):
+    """The long-context memory; it has no settings yet."""
+
+
+class KarenSection(Section):
+    """The KAREN integration; it has no settings yet."""
+
+
+class ApiSection(Section):
+    """The HTTP interface."""
+
+    max_body_mb: float = Field(
+        256, gt=0, le=65536, allow_inf_nan=False, description="Largest request body in MiB; more is a 413."
+    )
+
+
+class MonitoringSection(Section):
+    """What is measured."""
+
+    child_metrics: bool = Field(True, description="Start children with --metrics, so that /metrics answers.")
+
+
+class LoggingSection(Section):
+    """Where the supervisor's own log and its children's logs go."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level shown.")
+    directory: Path | None = Field(
+        None, description="Folder of the children's logs; default: the user's state folder."
+    )
+    max_mb: float = Field(
+        16, gt=0, le=65536, allow_inf_nan=False, description="Size at which a child's log is rotated, in MiB."
+    )
+
+
+class Config(Section):
+    """The whole configuration: one section a topic."""
+
+    server: ServerSection = Field(ServerSection(), description="The front.")
+    models: ModelsSection = Field(ModelsSection(), description="The models.")
+    performance: PerformanceSection = Field(PerformanceSection(), description="How children run.")
+    inference: InferenceSection = Field(InferenceSection(), description="Requests and queues.")
+    atlas: AtlasSection = Field(AtlasSection(), description="Long-context memory.")
+    karen: KarenSection = Field(KarenSection(), description="KAREN.")
+    api: ApiSection = Field(ApiSection(), description="The HTTP interface.")
+    monitoring: MonitoringSection = Field(MonitoringSection(), description="Measurement.")
+    logging: LoggingSection = Field(LoggingSection(), description="Logs.")

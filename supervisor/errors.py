@@ -1,0 +1,130 @@
+"""What can go wrong, as types: each carries an HTTP status, the OpenAI error fields and a next step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SupervisorError(Exception):
+    """Base of all errors a user sees.
+
+    `status` is the HTTP status, `type` and `code` go into the OpenAI error envelope, `param` names the
+    offending request field, and `retry_after` (seconds) becomes the `Retry-After` header.
+    """
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """Return the OpenAI error envelope."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class BadRequest(SupervisorError):
+    """The request cannot be understood (400)."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class BodyTooLarge(SupervisorError):
+    """The request body is over `api.max_body_mb` (413)."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class ModelNotFound(SupervisorError):
+    """No model has that name (404). `near` holds names that look alike, best first."""
+
+    status = 404
+    type = "not_found_error"
+    code = "model_not_found"
+
+    def __init__(self, model: str, near: list[str], available: int) -> None:
+        if near:
+            hint = "did you mean " + " or ".join(repr(name) for name in near) + "?"
+        elif available:
+            hint = "GET /v1/models lists what is there"
+        else:
+            hint = "the models folder is empty: put a GGUF file there"
+        super().__init__(f"model {model!r} not found; {hint}", param="model")
+        self.near = near
+
+    def body(self) -> dict[str, Any]:
+        """Return the envelope with the near names beside the message."""
+        body = super().body()
+        body["error"]["near"] = self.near
+        return body
+
+
+class ModelInvalid(SupervisorError):
+    """The model's file is there but cannot be served (422)."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "model_invalid"
+
+
+class NotLoaded(SupervisorError):
+    """The request must not start a model, and the model is not running (503)."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "model_not_loaded"
+
+
+class QueueFull(SupervisorError):
+    """Too many requests wait for this model already (429)."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class WaitTimeout(SupervisorError):
+    """The request waited `scheduler.queue_timeout_seconds` without getting its model (503)."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "wait_timeout"
+
+
+class StartFailed(SupervisorError):
+    """The model's llama-server did not become ready (503). The message ends with its last log lines."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "model_start_failed"
+
+
+class ChildFailed(SupervisorError):
+    """The model's llama-server went away while it served this request (502)."""
+
+    status = 502
+    type = "server_error"
+    code = "upstream_failed"
+
+
+class ShuttingDown(SupervisorError):
+    """The supervisor is stopping and takes no new work (503)."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "shutting_down"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `problems` holds one line for each mistake."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems

@@ -1,0 +1,234 @@
+"""The supervisor's process: what starts in which order, and what stops in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import platformdirs
+from aiohttp import web
+
+from supervisor import native
+from supervisor.catalog import Catalog, Change
+from supervisor.config import Config
+from supervisor.errors import ModelNotFound, SupervisorError
+from supervisor.fleet import Fleet
+from supervisor.relay import error_response
+from supervisor.routes import admin, models
+from supervisor.routes import native as native_routes
+from supervisor.routes.keys import CATALOG, FLEET, SETTINGS
+from supervisor.runtime import Runtime, RuntimeFolderError
+from supervisor.settings import Settings
+
+log = logging.getLogger(__name__)
+
+HEADER_LIMIT = 64 * 1024
+"""Longest request line and header field in bytes."""
+
+
+class NotFound(SupervisorError):
+    """No route has that path (404), in llama-server's words."""
+
+    status = 404
+    type = "not_found_error"
+
+
+class MethodNotAllowed(SupervisorError):
+    """The path is there, but not for that method (405)."""
+
+    status = 405
+    type = "invalid_request_error"
+
+
+@web.middleware
+async def routing_errors(request: web.Request, handler: web.Handler) -> web.StreamResponse:
+    """Answer unknown paths and methods with an error envelope, as every other error."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        return error_response(request.path, NotFound("File Not Found"))
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        response = error_response(request.path, MethodNotAllowed(f"{request.path} takes {allowed}"))
+        response.headers["Allow"] = allowed
+        return response
+
+
+def make_app(settings: Settings, catalog: Catalog, fleet: Fleet) -> web.Application:
+    """Return the front: all routes over `catalog` and `fleet`."""
+    limit = int(settings.config.api.max_body_mb * 1024 * 1024)
+    app = web.Application(client_max_size=limit, middlewares=[routing_errors])
+    app[CATALOG], app[FLEET], app[SETTINGS] = catalog, fleet, settings
+    native_routes.add(app)
+    models.add(app)
+    admin.add(app)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def supervisor(settings: Settings) -> AsyncIterator[Supervisor]:
+    """Run a supervisor for as long as the context lasts."""
+    running = Supervisor(settings)
+    try:
+        await running.startup()
+        yield running
+    finally:
+        await running.shutdown()
+
+
+class Supervisor:
+    """Everything that runs in one process. `startup`, then `shutdown`, once each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.config: Config = settings.config
+        self.urls: list[str] = []
+        self.runtime = Runtime(self.config.server.runtime_dir)
+        self.catalog = Catalog(self.config.models, self._on_change)
+        self.fleet = Fleet(
+            self.config,
+            self.catalog,
+            self.runtime,
+            binary=lambda: self.config.server.llama_server or native.find_server(),
+            log_folder=log_folder(self.config),
+            patches=native.patch_series(),
+        )
+        self._runner: web.AppRunner | None = None
+        self._sites: list[web.TCPSite] = []
+
+    async def startup(self) -> None:
+        """Listen first, so that a port in use is found at once; then look for models and preload."""
+        self.runtime.open()
+        app = make_app(self.settings, self.catalog, self.fleet)
+        self._runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            handle_signals=False,
+            max_line_size=HEADER_LIMIT,
+            max_field_size=HEADER_LIMIT,
+        )
+        await self._runner.setup()
+        await self.catalog.start()
+        for host in self.config.server.host.split(","):
+            site = web.TCPSite(self._runner, host.strip(), self.config.server.port, shutdown_timeout=1.0)
+            await site.start()
+            self._sites.append(site)
+        self.urls = [url_of(site) for site in self._sites]
+        for problem in self.catalog.problems:
+            log.warning("%s", problem)
+        for name in self.config.models.preload:
+            try:
+                self.fleet.load(self.catalog.resolve(name).id)
+            except SupervisorError as error:
+                log.error("models.preload: %s", error.message)
+
+    async def shutdown(self) -> None:
+        """Stop accepting, drain, stop the children, close what is left, remove the runtime folder."""
+        for site in self._sites:
+            with contextlib.suppress(RuntimeError):
+                await site.stop()
+        await self.fleet.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self.catalog.stop()
+        self.runtime.close()
+
+    def _on_change(self, change: Change) -> None:
+        self.fleet.apply_change(change)
+
+
+def url_of(site: web.TCPSite) -> str:
+    """Return the address of a site with the port it really has."""
+    server = site._server
+    assert isinstance(server, asyncio.Server)
+    host, port = server.sockets[0].getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def log_folder(config: Config) -> Path | None:
+    """Return the folder of the children's logs, made if need be; None when it cannot be."""
+    folder = config.logging.directory or Path(platformdirs.user_state_dir("llama-supervisor")) / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        log.warning("no log files: %s: %s", folder, error.strerror or error)
+        return None
+    return folder
+
+
+def run(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT and return the exit code: 0 after a clean stop, 1 when it could not start."""
+    logging.basicConfig(
+        level=settings.config.logging.level.upper(),
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    try:
+        import uvloop  # noqa: PLC0415 (optional)
+    except ImportError:
+        return asyncio.run(serve(settings))
+    return uvloop.run(serve(settings))
+
+
+async def serve(settings: Settings) -> int:
+    """See `run`."""
+    stop = asyncio.Event()
+    running: list[Supervisor] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            log.warning("%s again: stopping at once", number.name)
+            for one in running:
+                one.fleet.hurry()
+            return
+        log.info(
+            "%s: draining for up to %g s; once more stops at once", number.name, settings.config.server.drain_seconds
+        )
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        async with supervisor(settings) as one:
+            running.append(one)
+            announce(one)
+            await stop.wait()
+    except RuntimeFolderError as error:
+        log.error("%s", error)
+        return 1
+    except OSError as error:
+        where = f"{settings.config.server.host}:{settings.config.server.port}"
+        hint = "; choose another with --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+        log.error("cannot listen on %s: %s%s", where, os.strerror(error.errno or 0), hint)
+        return 1
+    log.info("stopped")
+    return 0
+
+
+def announce(one: Supervisor) -> None:
+    """Tell a person where to go."""
+    for url in one.urls:
+        log.info("listening on %s", url)
+    try:
+        model = one.catalog.resolve(None).id
+    except ModelNotFound:
+        log.warning(
+            "no model yet: put a GGUF file into %s, or run `llama-supervisor pull smollm2`", one.config.models.directory
+        )
+        return
+    except SupervisorError as error:
+        log.warning("%s", error.message)
+        return
+    log.info("%d models in %s; the default is %s", len(one.catalog.models), one.config.models.directory, model)
+    body = '{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}'
+    print(f"\nTry it:\n  curl -N {one.urls[0]}/v1/chat/completions -d '{body}'\n", flush=True)

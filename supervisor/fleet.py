@@ -1,0 +1,369 @@
+"""Carries the scheduler's decisions out: owns the children, hands out leases, tells who listens."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from supervisor import plan
+from supervisor.catalog import Catalog, Change, Model
+from supervisor.child import Child, describe_exit
+from supervisor.childlog import ChildLog, file_name
+from supervisor.config import Config
+from supervisor.errors import ChildFailed, ModelNotFound, StartFailed, SupervisorError
+from supervisor.runtime import Runtime
+from supervisor.scheduler import Decision, Entry, Grant, Limits, Refuse, Scheduler, Start, State, Stop
+from supervisor.upstream import UpstreamClosed
+
+log = logging.getLogger(__name__)
+
+EVENT_QUEUE = 1000
+"""Events held for a slow listener before it loses some."""
+
+Event = dict[str, Any]
+
+
+class Lease:
+    """The right to use a model's child for one request. `release` it exactly when the request ends."""
+
+    __slots__ = ("_fleet", "_ticket", "child")
+
+    def __init__(self, fleet: Fleet, ticket: int, child: Child) -> None:
+        self._fleet = fleet
+        self._ticket = ticket
+        self.child = child
+
+    def release(self, *, ok: bool = True) -> None:
+        """Give the right back; `ok` says that the child answered. A second call does nothing."""
+        self._fleet.release(self._ticket, ok=ok)
+
+
+class Fleet:
+    """All children of this supervisor."""
+
+    def __init__(
+        self,
+        config: Config,
+        catalog: Catalog,
+        runtime: Runtime,
+        *,
+        binary: Callable[[], Path | None],
+        log_folder: Path | None,
+        patches: str,
+    ) -> None:
+        self.config = config
+        self.catalog = catalog
+        self.runtime = runtime
+        self.scheduler = Scheduler(limits(config))
+        self.children: dict[str, Child] = {}
+        self.logs: dict[str, ChildLog] = {}
+        self.binary = binary
+        self._log_folder = log_folder
+        self.patches = patches
+        self._tickets = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: set[asyncio.Queue[Event]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._gone = asyncio.Event()
+        self._gone.set()
+        self._now = asyncio.get_running_loop().time
+
+    # For requests
+
+    async def acquire(self, model: str, *, start: bool = True) -> Lease:
+        """Wait for the right to use `model`, starting it if need be and `start` allows it.
+
+        Raises the `SupervisorError` that says why there is none. Cancelling the wait gives the place up.
+        """
+        ticket = next(self._tickets)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = future
+        self._apply(self.scheduler.request(ticket, model, self._now(), start=start))
+        try:
+            if not future.done():
+                await future
+            else:
+                future.result()
+        except asyncio.CancelledError:
+            self._apply(self.scheduler.cancel(ticket, self._now()))
+            self._apply(self.scheduler.release(ticket, self._now()))
+            raise
+        finally:
+            self._waiting.pop(ticket, None)
+        child = self.children.get(model)
+        if child is None:  # it died between the grant and now
+            self.release(ticket, ok=False)
+            raise ChildFailed(f"model {model!r} went away before it answered")
+        return Lease(self, ticket, child)
+
+    def release(self, ticket: int, *, ok: bool) -> None:
+        """See `Lease.release`."""
+        self._apply(self.scheduler.release(ticket, self._now(), ok=ok))
+
+    def running(self) -> list[str]:
+        """Return the ids of the models that can answer now, the first loaded first."""
+        return self.scheduler.running()
+
+    # For people
+
+    def load(self, model: str) -> None:
+        """Start `model` when there is room; listen to the events to see how it goes."""
+        self._apply(self.scheduler.load(model, self._now()))
+
+    def unload(self, model: str, *, force: bool = False) -> None:
+        """Stop `model` after its running requests; at once with `force`."""
+        self._apply(self.scheduler.unload(model, self._now(), force=force))
+
+    def apply_change(self, change: Change) -> None:
+        """Models came, went or were replaced in the folder."""
+        now = self._now()
+        for model in change.removed:
+            near = ModelNotFound(model, [], len(self.catalog.models))
+            self._apply(self.scheduler.remove(model, now, near))
+            self._publish(model, "model_remove", {})
+        for model in change.replaced:
+            self._apply(self.scheduler.restart(model, now))
+        if change.added or change.replaced:
+            self._publish("*", "models_reload", {})
+
+    def log_of(self, model: str) -> ChildLog:
+        """Return the log of `model`, over all its children."""
+        if model not in self.logs:
+            folder = self._log_folder
+            path = folder / file_name(model) if folder is not None else None
+            self.logs[model] = ChildLog(path, int(self.config.logging.max_mb * 1024 * 1024))
+        return self.logs[model]
+
+    def listen(self) -> asyncio.Queue[Event]:
+        """Return a queue that gets every event from now on, until `unlisten`."""
+        queue: asyncio.Queue[Event] = asyncio.Queue(EVENT_QUEUE)
+        self._listeners.add(queue)
+        return queue
+
+    def unlisten(self, queue: asyncio.Queue[Event]) -> None:
+        """Stop feeding `queue`."""
+        self._listeners.discard(queue)
+
+    # Life
+
+    async def close(self) -> None:
+        """Refuse new work, let running requests finish within the drain time, stop all children."""
+        self._apply(self.scheduler.shutdown(self._now()))
+        await self._gone.wait()
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def hurry(self) -> None:
+        """Kill all children now: somebody asked twice."""
+        for child in self.children.values():
+            child.pool.cut()
+            child.kill()
+        for entry in self.scheduler.entries.values():
+            if entry.state is State.DRAINING:
+                entry.drain_until = 0.0
+        self._tick()
+
+    # Decisions
+
+    def _apply(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case Grant(ticket):
+                    self._settle(ticket, None)
+                case Refuse(ticket, error):
+                    self._settle(ticket, error)
+                case Start(model):
+                    self._gone.clear()
+                    self._publish(model, "model_status", {"status": "loading"})
+                    self._spawn(self._run(model))
+                case Stop(model, reason):
+                    log.info("model %s: stopping (%s)", model, reason)
+                    self._publish(model, "model_status", {"status": "unloading"})
+                    if child := self.children.get(model):
+                        child.stopping = True
+                    self._spawn(self._stop(model))
+        self._arm()
+
+    def _settle(self, ticket: int, error: SupervisorError | None) -> None:
+        future = self._waiting.get(ticket)
+        if future is None or future.done():
+            return  # cancelled: `acquire` gives the lease back
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    def _arm(self) -> None:
+        """Set the timer for the scheduler's next tick."""
+        due = self.scheduler.next_tick(self._now())
+        if self._timer is not None:
+            if due is not None and self._timer.when() <= due:
+                return  # an early tick does no harm
+            self._timer.cancel()
+            self._timer = None
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._apply(self.scheduler.tick(self._now()))
+
+    # Children
+
+    async def _run(self, model: str) -> None:
+        """The life of one child, from its start to its end by itself; `_stop` ends it otherwise."""
+        child: Child | None = None
+        try:
+            child = self._make_child(model)
+            began = self._now()
+            pid = await child.spawn(plan.override_for(self.config, self._model(model)).env)
+            self.runtime.record(child.socket, pid)
+            log.info("model %s: llama-server %d starting", model, pid)
+            running = child
+            await child.until_ready(self.config.models.load_stall_seconds, lambda: self._publish_progress(running))
+            log.info("model %s: ready after %.2f s", model, self._now() - began)
+            self._publish(model, "model_status", {"status": "loaded", "info": child.info})
+            self._apply(self.scheduler.ready(model, self._now()))
+            self._spawn(self._check_patches(child))
+            code = await child.wait()
+            if not child.stopping:
+                raise child.failure(f"llama-server {describe_exit(code)}")
+        except SupervisorError as error:
+            if child is None or not child.stopping:
+                await self._failed(model, child, error)
+        except (OSError, ValueError, RuntimeError) as error:
+            log.exception("model %s: its child cannot be run", model)
+            await self._failed(model, child, StartFailed(f"model {model!r}: {error}", param="model"))
+
+    async def _failed(self, model: str, child: Child | None, error: SupervisorError) -> None:
+        log.error("%s", error.message)
+        code = child.exit_code if child else None
+        if child is not None:
+            await child.stop(self.config.server.stop_seconds)
+            self._forget(model, child)
+        data = {"status": "unloaded", "failed": True, "exit_code": code, "error": error.message}
+        self._publish(model, "model_status", data)
+        self._apply(self.scheduler.failed(model, error, self._now()))
+        self._note_gone()
+
+    async def _stop(self, model: str) -> None:
+        child = self.children.get(model)
+        if child is not None:
+            await child.stop(self.config.server.stop_seconds)
+            self._forget(model, child)
+        log.info("model %s: stopped", model)
+        self._publish(model, "model_status", {"status": "unloaded"})
+        self._apply(self.scheduler.stopped(model, self._now()))
+        self._note_gone()
+
+    def _make_child(self, model_id: str) -> Child:
+        model = self._model(model_id)
+        binary = self.binary()
+        if binary is None:
+            raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
+        socket = self.runtime.new_socket()
+        command = plan.command(binary, model, self.config, socket)
+        child = Child(model_id, command, socket, self.log_of(model_id))
+        self.children[model_id] = child
+        entry = self.scheduler.entry(model_id)
+        entry.pinned = plan.override_for(self.config, model).pin
+        entry.idle_unload = plan.idle_unload(self.config, model)
+        return child
+
+    def _model(self, model_id: str) -> Model:
+        model = self.catalog.get(model_id)
+        if model is None:
+            raise ModelNotFound(model_id, [], len(self.catalog.models))
+        return model
+
+    def _forget(self, model: str, child: Child) -> None:
+        self.runtime.forget(child.socket)
+        if self.children.get(model) is child:
+            del self.children[model]
+
+    def _note_gone(self) -> None:
+        busy = (State.STARTING, State.READY, State.DRAINING, State.STOPPING)
+        if not any(entry.state in busy for entry in self.scheduler.entries.values()):
+            self._gone.set()
+
+    async def _check_patches(self, child: Child) -> None:
+        """Warn when a child is not built from our patch series."""
+        try:
+            status, body = await child.get("/props")
+            if status != 200:
+                return  # it wants a key of its own
+            child.patches = json.loads(body).get("patch_series", "none")
+        except (OSError, UpstreamClosed, ValueError, AttributeError):
+            return
+        if child.patches != self.patches:
+            log.warning(
+                "model %s: this llama-server carries the patches %r, not %r; `llama-supervisor build` makes ours",
+                child.model,
+                child.patches,
+                self.patches,
+            )
+
+    # Events
+
+    def _publish_progress(self, child: Child) -> None:
+        self._publish(child.model, "model_status", {"status": "loading", "progress": child.progress})
+
+    def _publish(self, model: str, event: str, data: Event) -> None:
+        message = {"model": model, "event": event, "data": data}
+        for queue in self._listeners:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(message)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the fleet failed", exc_info=error)
+
+    def status_of(self, entry: Entry) -> dict[str, Any]:
+        """Return how one model does, for `/api/v1/status`."""
+        child = self.children.get(entry.model)
+        progress = child.progress if child else None
+        now = self._now()
+        ready = entry.state in (State.READY, State.DRAINING)
+        return {
+            "id": entry.model,
+            "state": str(entry.state),
+            "progress": progress.get("value") if progress else None,
+            "stage": progress.get("current") if progress else None,
+            "leases": len(entry.leases),
+            "waiting": len(entry.waiters),
+            "pid": child.pid if child else None,
+            "rss_bytes": child.rss() if child else None,
+            "ready_seconds": round(now - entry.ready_at, 3) if ready else None,
+            "idle_seconds": round(now - entry.last_used, 3) if ready and not entry.leases else None,
+            "restarts": entry.restarts,
+            "error": entry.error.message if entry.error else None,
+            "pinned": entry.pinned,
+            "patches": child.patches if child else None,
+        }
+
+
+def limits(config: Config) -> Limits:
+    """Return the scheduler's part of the configuration."""
+    return Limits(
+        max_loaded=config.models.max_loaded_models,
+        max_wait=config.inference.max_wait_seconds,
+        queue_limit=config.inference.queue_limit,
+        queue_timeout=config.inference.queue_timeout_seconds,
+        drain=config.server.drain_seconds,
+    )

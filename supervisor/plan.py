@@ -1,0 +1,86 @@
+"""How should this model run on this machine? From the GGUF's header and the settings to a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from supervisor.catalog import Model
+from supervisor.config import Config, ModelOverride
+from supervisor.gguf import Header
+
+KV_SHARE = 0.25
+"""Share of the machine's memory that one model's KV cache may take when no context is configured."""
+
+MIN_CONTEXT = 2048
+"""Context in tokens below which the automatic choice does not go, unless the model's own is smaller."""
+
+
+def kv_bytes_per_token(header: Header) -> int:
+    """Return the bytes of K and V for one token in f16, over all layers; 0 when the header does not tell."""
+    if not (header.block_count and header.head_count_kv and header.embedding_length and header.head_count):
+        return 0
+    default = header.embedding_length // header.head_count
+    per_head = (header.key_length or default) + (header.value_length or default)
+    return header.block_count * header.head_count_kv * per_head * 2
+
+
+def choose_context(header: Header, memory: int) -> int:
+    """Return the context in tokens for a machine with `memory` bytes: the model's own, halved until it fits."""
+    context = header.context_length or 0
+    per_token = kv_bytes_per_token(header)
+    while context > MIN_CONTEXT and context * per_token > memory * KV_SHARE:
+        context = max(MIN_CONTEXT, context // 2)
+    return context
+
+
+def command(
+    binary: Path,
+    model: Model,
+    config: Config,
+    socket: Path,
+    total_memory: Callable[[], int] = lambda: psutil.virtual_memory().total,
+) -> list[str]:
+    """Return the argument vector that starts `model` on `socket`. Later flags win over earlier ones."""
+    override = override_for(config, model)
+    performance = config.performance
+    args = [str(binary), "--model", str(model.path), "--host", str(socket)]
+    args += ["--alias", ",".join([_alias(model.id), *(_alias(alias) for alias in model.aliases)])]
+    args += ["--cors-origins", "localhost"]
+    if model.mmproj is not None:
+        args += ["--mmproj", str(model.mmproj)]
+    context = override.context_size or performance.context_size
+    if context is None and model.header is not None:
+        chosen = choose_context(model.header, total_memory())
+        context = chosen if chosen != model.header.context_length else None
+    if context:
+        args += ["--ctx-size", str(context)]
+    if performance.threads is not None:
+        args += ["--threads", str(performance.threads)]
+    if performance.batch_size is not None:
+        args += ["--batch-size", str(performance.batch_size)]
+    if performance.gpu_layers != "auto":
+        args += ["--n-gpu-layers", str(performance.gpu_layers)]
+    if performance.parallel is not None:
+        args += ["--parallel", str(performance.parallel)]
+    if config.monitoring.child_metrics:
+        args.append("--metrics")
+    return args + override.args
+
+
+def override_for(config: Config, model: Model) -> ModelOverride:
+    """Return the settings of one model, empty when it has none."""
+    return config.models.overrides.get(model.id) or ModelOverride()
+
+
+def idle_unload(config: Config, model: Model) -> float:
+    """Return after how many idle seconds `model` is unloaded; 0: never."""
+    own = override_for(config, model).idle_unload_seconds
+    return config.models.idle_unload_seconds if own is None else own
+
+
+def _alias(name: str) -> str:
+    """llama-server separates aliases by commas, so a name cannot hold one."""
+    return name.replace(",", "_")

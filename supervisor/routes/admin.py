@@ -1,0 +1,90 @@
+"""How does the supervisor do? Health, status and the children's logs."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from aiohttp import web
+
+from supervisor import __version__
+from supervisor.errors import BadRequest, ModelNotFound
+from supervisor.routes.keys import CATALOG, FLEET, SETTINGS
+from supervisor.routes.wrap import guarded
+from supervisor.scheduler import OCCUPYING, State
+
+_STARTED = time.monotonic()
+DEFAULT_LOG_LINES = 200
+
+
+async def health(request: web.Request) -> web.StreamResponse:
+    """GET /health: 200 as long as the front serves."""
+    return web.json_response({"status": "ok"})
+
+
+async def root(request: web.Request) -> web.StreamResponse:
+    """GET /: what this is and where to go from here."""
+    return web.json_response(
+        {
+            "name": "llama-supervisor",
+            "version": __version__,
+            "endpoints": ["/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/health"],
+            "status": "/api/v1/status",
+        }
+    )
+
+
+@guarded
+async def status(request: web.Request) -> web.StreamResponse:
+    """GET /api/v1/status: the supervisor and every model that is not simply absent."""
+    fleet, catalog, settings = request.app[FLEET], request.app[CATALOG], request.app[SETTINGS]
+    entries = fleet.scheduler.entries.values()
+    binary = fleet.binary()
+    return web.json_response(
+        {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_seconds": round(time.monotonic() - _STARTED, 3),
+            "state": "draining" if fleet.scheduler.closing else "running",
+            "config": str(settings.path) if settings.path else None,
+            "native": {"path": str(binary) if binary else None, "patches": fleet.patches},
+            "models_directory": str(settings.config.models.directory),
+            "problems": list(catalog.problems),
+            "loaded": sum(entry.state in OCCUPYING for entry in entries),
+            "max_loaded": fleet.scheduler.limits.max_loaded,
+            "models": [fleet.status_of(entry) for entry in entries if entry.state is not State.ABSENT],
+        }
+    )
+
+
+@guarded
+async def logs(request: web.Request) -> web.StreamResponse:
+    """GET /api/v1/models/{id}/logs: the last `lines` of a model's log; `follow=1` goes on as lines come."""
+    catalog, fleet = request.app[CATALOG], request.app[FLEET]
+    name = request.match_info["id"]
+    model = catalog.get(name)
+    model_id = model.id if model else name
+    if model is None and model_id not in fleet.logs:
+        raise ModelNotFound(name, catalog.near(name), len(catalog.models))
+    wanted = request.query.get("lines", str(DEFAULT_LOG_LINES))
+    if not wanted.isdecimal() or len(wanted) > 9:
+        raise BadRequest("'lines' must be a number from 0 to 999999999", param="lines")
+    log = fleet.log_of(model_id)
+    text = "".join(line + "\n" for line in log.tail(int(wanted)))
+    if request.query.get("follow", "0").lower() in ("0", "false", "no", ""):
+        return web.Response(text=text)
+    response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
+    await response.prepare(request)
+    await response.write(text.encode())
+    async for line in log.follow():
+        await response.write(line.encode() + b"\n")
+    return response
+
+
+def add(app: web.Application) -> None:
+    """Add the routes."""
+    for path in ("/health", "/v1/health", "/livez", "/readyz"):
+        app.router.add_get(path, health)
+    app.router.add_get("/", root)
+    app.router.add_get("/api/v1/status", status)
+    app.router.add_get("/api/v1/models/{id:.+}/logs", logs)

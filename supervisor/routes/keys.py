@@ -1,0 +1,13 @@
+"""What the handlers find in the application."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from supervisor.catalog import Catalog
+from supervisor.fleet import Fleet
+from supervisor.settings import Settings
+
+CATALOG = web.AppKey("catalog", Catalog)
+FLEET = web.AppKey("fleet", Fleet)
+SETTINGS = web.AppKey("settings", Settings)

@@ -1,0 +1,131 @@
+"""The routes that llama-server itself answers; the supervisor only finds out which model is meant."""
+
+from __future__ import annotations
+
+from email.parser import BytesHeaderParser
+from email.policy import HTTP
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from supervisor.errors import BadRequest
+from supervisor.relay import relay
+from supervisor.routes.keys import CATALOG, FLEET
+from supervisor.routes.wrap import guarded
+
+POST_ROUTES = [
+    "/v1/chat/completions",
+    "/chat/completions",
+    "/v1/chat/completions/control",
+    "/v1/completions",
+    "/completions",
+    "/completion",
+    "/infill",
+    "/v1/responses",
+    "/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/chat/completions/input_tokens",
+    "/chat/completions/input_tokens",
+    "/v1/responses/input_tokens",
+    "/responses/input_tokens",
+    "/v1/embeddings",
+    "/embeddings",
+    "/embedding",
+    "/v1/rerank",
+    "/rerank",
+    "/v1/reranking",
+    "/reranking",
+    "/v1/systemone",
+    "/v1/audio/transcriptions",
+    "/audio/transcriptions",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+    "/props",
+    "/lora-adapters",
+    "/slots/{id_slot}",
+    "/v1/streams/lookup",
+    "/tools",
+    "/cors-proxy",
+]
+"""POST routes of llama-server b11434, as `tools/server/server.cpp` registers them."""
+
+GET_ROUTES = ["/props", "/lora-adapters", "/slots", "/metrics", "/v1/stream", "/tools", "/cors-proxy"]
+"""GET routes of llama-server; those in `OBSERVING` never start a model."""
+
+OBSERVING = frozenset(["/slots", "/metrics", "/v1/stream", "/v1/streams/lookup"])
+DELETE_ROUTES = ["/v1/stream"]
+
+_FALSE = frozenset(["0", "false", "no", "off"])
+
+
+class _Routing(msgspec.Struct):
+    """The part of a JSON body that routing needs; msgspec checks the syntax of the rest without building it."""
+
+    model: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Routing).decode
+
+
+def model_in_json(body: bytes) -> str | None:
+    """Return the body's `model`, None when it has none. Raises `BadRequest` when it is no JSON or no string."""
+    try:
+        return _decode(body).model
+    except msgspec.ValidationError as error:
+        if "$.model" in str(error):
+            raise BadRequest("'model' must be a string", param="model") from error
+        return None  # not an object: the child says what it expects
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the request body is not valid JSON: {error}") from error
+
+
+def model_in_form(body: bytes, boundary: str) -> str | None:
+    """Return the field `model` of a multipart form (RFC 7578), None when it has none."""
+    for part in body.split(b"--" + boundary.encode("latin-1"))[1:]:
+        head, _, content = part.partition(b"\r\n\r\n")
+        headers = BytesHeaderParser(policy=HTTP).parsebytes(head.lstrip(b"\r\n"))
+        disposition: Any = headers.get("content-disposition")
+        if disposition is not None and getattr(disposition, "params", {}).get("name") == "model":
+            return content.removesuffix(b"\r\n").decode("utf-8", "replace")
+    return None
+
+
+def model_of(request: web.Request, body: bytes) -> str | None:
+    """Return which model a request names: in its body, else in its query; None when in neither."""
+    name = None
+    if body.strip():
+        if request.content_type == "multipart/form-data":
+            boundary = request._content_dict.get("boundary") if request._content_dict else None
+            if not boundary:
+                raise BadRequest("the multipart form has no boundary")
+            name = model_in_form(body, boundary)
+        else:
+            name = model_in_json(body)
+    return name or request.query.get("model")
+
+
+@guarded
+async def pass_through(request: web.Request) -> web.StreamResponse:
+    """Relay a request to the child of its model, starting that if need be."""
+    app = request.app
+    body = await request.read() if request.body_exists else b""
+    fleet = app[FLEET]
+    model = app[CATALOG].resolve(model_of(request, body), fleet.running())
+    start = request.path not in OBSERVING and request.query.get("autoload", "").lower() not in _FALSE
+    lease = await fleet.acquire(model.id, start=start and request.method != "OPTIONS")
+    return await relay(request, body, lease)
+
+
+def add(app: web.Application) -> None:
+    """Add the routes."""
+    for path in POST_ROUTES:
+        app.router.add_post(path, pass_through)
+    for path in GET_ROUTES:
+        app.router.add_get(path, pass_through)
+    for path in DELETE_ROUTES:
+        app.router.add_delete(path, pass_through)
+    for path in sorted({*POST_ROUTES, *GET_ROUTES}):
+        app.router.add_options(path, pass_through)

@@ -1,0 +1,403 @@
+"""Who runs, who waits, who goes? A pure state machine: events in, decisions out.
+
+It does no I/O and has no clock: every event carries `now` (seconds, monotonic) and returns the list of
+decisions that it leads to, in the order they must be carried out. `fleet.py` is its only caller, always from
+the event loop's thread. The rules:
+
+- A request for a ready model is granted at once. Otherwise it waits, and its model is started when there is room.
+- Room is made by stopping idle models, the least recently used first; pinned ones never.
+- When all are busy, the oldest waiter looks on for `max_wait` seconds; then the least recently used model takes
+  no new requests, finishes its running ones and makes way. Running answers are never cut for this.
+- A model that fails to start backs off: 1 s, 2 s, 4 s ... 60 s; a crash after it was ready costs nothing the
+  first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import inf
+
+from supervisor.errors import NotLoaded, QueueFull, ShuttingDown, StartFailed, SupervisorError, WaitTimeout
+
+MAX_BACKOFF = 60.0
+"""Longest pause in seconds between two starts of a model that keeps failing."""
+
+
+class State(StrEnum):
+    """Where a model's child is in its life; all changes happen in `Scheduler`."""
+
+    ABSENT = "absent"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+OCCUPYING = frozenset({State.STARTING, State.READY, State.DRAINING, State.STOPPING})
+"""States in which a child holds memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start a child for `model`; answer with `ready` or `failed`."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop the child of `model`, cutting what still runs; answer with `stopped`."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The request `ticket` may use its model now; answer with `release`."""
+
+    ticket: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The request `ticket` ends with `error`."""
+
+    ticket: int
+    error: SupervisorError
+
+
+Decision = Start | Stop | Grant | Refuse
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The settings that the scheduler goes by; all times in seconds."""
+
+    max_loaded: int = 3
+    max_wait: float = 5.0
+    queue_limit: int = 256
+    queue_timeout: float = 600.0
+    drain: float = 30.0
+
+
+@dataclass(slots=True)
+class Entry:
+    """What the scheduler knows of one model."""
+
+    model: str
+    state: State = State.ABSENT
+    pinned: bool = False
+    idle_unload: float = 0.0  # seconds; 0: never
+    wanted: bool = False  # asked to be loaded, whether or not a request waits
+    leases: set[int] = field(default_factory=set)
+    waiters: dict[int, float] = field(default_factory=dict)  # ticket -> since when, oldest first
+    last_used: float = -inf
+    ready_at: float = -inf
+    drain_until: float = inf  # a draining child is cut then
+    failures: int = 0  # in a row
+    retry_at: float = -inf
+    restarts: int = 0
+    error: SupervisorError | None = None
+
+    def oldest(self) -> float:
+        """Return since when the oldest waiter waits; infinite when none does."""
+        return next(iter(self.waiters.values()), inf)
+
+
+class Scheduler:
+    """The state of all models and their queues. See the module's docstring for the rules."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.entries: dict[str, Entry] = {}
+        self.closing = False
+        self._tickets: dict[int, Entry] = {}  # waiting or granted
+
+    # Events from requests
+
+    def request(self, ticket: int, model: str, now: float, *, start: bool = True) -> list[Decision]:
+        """A request wants `model`. With `start=False` it may wait for a start but not cause one."""
+        entry = self.entry(model)
+        if self.closing:
+            return [Refuse(ticket, ShuttingDown("the supervisor is shutting down", retry_after=5))]
+        if entry.state is State.READY:
+            self._tickets[ticket] = entry
+            entry.leases.add(ticket)
+            entry.last_used = now
+            return [Grant(ticket, model)]
+        if entry.state is State.FAILED and now < entry.retry_at:
+            assert entry.error is not None
+            return [Refuse(ticket, _again(entry.error, entry.retry_at - now))]
+        if not start and entry.state in (State.ABSENT, State.FAILED):
+            return [Refuse(ticket, NotLoaded(f"model {model!r} is not loaded", param="model"))]
+        if len(entry.waiters) >= self.limits.queue_limit:
+            message = f"{len(entry.waiters)} requests wait for model {model!r} already"
+            return [Refuse(ticket, QueueFull(message, retry_after=max(1.0, self.limits.max_wait)))]
+        self._tickets[ticket] = entry
+        entry.waiters[ticket] = now
+        return self._schedule(now)
+
+    def cancel(self, ticket: int, now: float) -> list[Decision]:
+        """A waiting request's client has left. Unknown and granted tickets are ignored."""
+        entry = self._tickets.get(ticket)
+        if entry is None or ticket not in entry.waiters:
+            return []
+        del self._tickets[ticket]
+        del entry.waiters[ticket]
+        return self._schedule(now)
+
+    def release(self, ticket: int, now: float, *, ok: bool = True) -> list[Decision]:
+        """A granted request has ended; `ok` says that its child answered it."""
+        entry = self._tickets.pop(ticket, None)
+        if entry is None or ticket not in entry.leases:
+            return []
+        entry.leases.discard(ticket)
+        entry.last_used = now
+        if ok and entry.state is State.READY:
+            entry.failures = 0
+        if not entry.leases and entry.state is State.DRAINING:
+            return self._stop(entry, "drained")
+        return self._schedule(now) if self._anyone_waits() else []
+
+    # Events from people and files
+
+    def load(self, model: str, now: float) -> list[Decision]:
+        """Somebody wants `model` loaded; this ends a back-off."""
+        entry = self.entry(model)
+        if self.closing or entry.state in (State.STARTING, State.READY):
+            return []
+        entry.wanted = True
+        entry.retry_at = now
+        return self._schedule(now)
+
+    def unload(self, model: str, now: float, *, force: bool = False) -> list[Decision]:
+        """Somebody wants `model` gone: its waiters are refused, its running requests finish unless `force`."""
+        entry = self.entry(model)
+        entry.wanted = False
+        refused = self._refuse_all(
+            entry, NotLoaded(f"model {model!r} was unloaded while the request waited", param="model")
+        )
+        return refused + self._retire(entry, now, "unloaded", force=force, bound=self.limits.drain)
+
+    def restart(self, model: str, now: float) -> list[Decision]:
+        """The model's file or settings changed: running requests finish, later ones get a new child."""
+        entry = self.entry(model)
+        entry.retry_at = -inf
+        if entry.state in OCCUPYING and (entry.pinned or entry.wanted):
+            entry.wanted = True
+        return self._retire(entry, now, "replaced") + self._schedule(now)
+
+    def remove(self, model: str, now: float, error: SupervisorError) -> list[Decision]:
+        """The model's file is gone: waiters get `error`, running requests finish."""
+        entry = self.entry(model)
+        entry.wanted = False
+        return self._refuse_all(entry, error) + self._retire(entry, now, "removed")
+
+    def shutdown(self, now: float) -> list[Decision]:
+        """No new work; running requests may finish within the drain time."""
+        self.closing = True
+        decisions: list[Decision] = []
+        for entry in self.entries.values():
+            entry.wanted = False
+            error = ShuttingDown("the supervisor is shutting down", retry_after=5)
+            decisions += self._refuse_all(entry, error)
+            decisions += self._retire(entry, now, "shutdown", bound=self.limits.drain)
+        return decisions
+
+    # Events from children
+
+    def ready(self, model: str, now: float) -> list[Decision]:
+        """The child of `model` can serve."""
+        entry = self.entry(model)
+        if entry.state is not State.STARTING:
+            return []  # it was told to stop meanwhile
+        entry.state = State.READY
+        entry.ready_at = entry.last_used = now
+        entry.wanted = False
+        entry.error = None
+        granted: list[Decision] = [Grant(ticket, model) for ticket in entry.waiters]
+        entry.leases.update(entry.waiters)
+        entry.waiters.clear()
+        return granted + self._schedule(now)
+
+    def failed(self, model: str, error: SupervisorError, now: float) -> list[Decision]:
+        """The child of `model` did not become ready, or died."""
+        entry = self.entry(model)
+        was = entry.state
+        if was is State.STOPPING:
+            return []  # `stopped` follows
+        entry.state = State.FAILED
+        entry.drain_until = inf
+        entry.wanted = False
+        entry.error = error
+        entry.failures += 1
+        steps = entry.failures - 1 if was is State.STARTING else entry.failures - 2
+        entry.retry_at = now + (min(MAX_BACKOFF, 2.0**steps) if steps >= 0 else 0.0)
+        if was is State.STARTING:
+            return self._refuse_all(entry, _again(error, entry.retry_at - now)) + self._schedule(now)
+        entry.restarts += 1
+        return self._schedule(now)
+
+    def stopped(self, model: str, now: float) -> list[Decision]:
+        """The child of `model` is gone, as `Stop` asked."""
+        entry = self.entry(model)
+        entry.state = State.ABSENT
+        entry.drain_until = inf
+        return self._schedule(now)
+
+    # Time
+
+    def tick(self, now: float) -> list[Decision]:
+        """Do what is due by now; call it at `next_tick`."""
+        decisions: list[Decision] = []
+        for entry in self.entries.values():
+            for ticket, since in list(entry.waiters.items()):
+                if now < since + self.limits.queue_timeout:
+                    break
+                self._forget(entry, ticket)
+                waited = f"waited {now - since:.0f} s for model {entry.model!r}"
+                decisions.append(Refuse(ticket, WaitTimeout(waited, retry_after=self.limits.max_wait)))
+            if entry.state is State.DRAINING and now >= entry.drain_until:
+                decisions += self._stop(entry, "drain time over")
+            elif self._idle_until(entry) <= now:
+                decisions += self._stop(entry, "idle")
+        return decisions + self._schedule(now)
+
+    def next_tick(self, now: float) -> float | None:
+        """Return when `tick` must be called next, or None when nothing is due."""
+        due = inf
+        hopeful = []
+        for entry in self.entries.values():
+            if entry.waiters:
+                due = min(due, entry.oldest() + self.limits.queue_timeout)
+                if self._wants_start(entry, now):
+                    hopeful.append(entry)
+                elif entry.state is State.FAILED:
+                    due = min(due, entry.retry_at)
+            if entry.state is State.DRAINING:
+                due = min(due, entry.drain_until)
+            due = min(due, self._idle_until(entry))
+        busy = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
+        for entry in sorted(hopeful, key=Entry.oldest)[self._leaving() :]:
+            due = min(due, min((self._patience_ends(entry, e) for e in busy), default=inf))
+        return None if due == inf else max(now, due)
+
+    # Views
+
+    def entry(self, model: str) -> Entry:
+        """Return what is known of `model`, making a blank entry the first time."""
+        entry = self.entries.get(model)
+        if entry is None:
+            entry = self.entries[model] = Entry(model)
+        return entry
+
+    def running(self) -> list[str]:
+        """Return the models that can be used now, the first loaded first."""
+        ready = (entry for entry in self.entries.values() if entry.state is State.READY)
+        return [entry.model for entry in sorted(ready, key=lambda entry: entry.ready_at)]
+
+    # The rules
+
+    def _schedule(self, now: float) -> list[Decision]:
+        """Start what is wanted, oldest waiter first, making room where the rules allow it."""
+        if self.closing:
+            return []
+        decisions: list[Decision] = []
+        due = [entry for entry in self.entries.values() if self._wants_start(entry, now)]
+        if not due:
+            return decisions
+        occupied = sum(entry.state in OCCUPYING for entry in self.entries.values())
+        leaving = self._leaving()
+        free = self.limits.max_loaded - occupied
+        for entry in sorted(due, key=Entry.oldest):
+            if free > 0:
+                free -= 1
+                entry.state = State.STARTING
+                decisions.append(Start(entry.model))
+            elif leaving > 0:
+                leaving -= 1  # room is on its way
+            else:
+                decisions += self._make_room(entry, now)
+        return decisions
+
+    def _make_room(self, entry: Entry, now: float) -> list[Decision]:
+        """Let one model go so that `entry` can start, or nothing when none may go yet."""
+        candidates = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
+        idle = [e for e in candidates if not e.leases]
+        if idle:
+            return self._stop(min(idle, key=lambda e: e.last_used), f"making room for {entry.model}")
+        if not candidates and all(e.pinned for e in self.entries.values() if e.state in OCCUPYING):
+            entry.wanted = False
+            message = f"model {entry.model!r} cannot be loaded: all {self.limits.max_loaded} running are pinned"
+            return self._refuse_all(entry, NotLoaded(message, param="model"))
+        patient = [e for e in candidates if self._patience_ends(entry, e) <= now]
+        if patient:
+            victim = min(patient, key=lambda e: e.last_used)
+            return self._retire(victim, now, f"making room for {entry.model}")
+        return []
+
+    def _retire(
+        self, entry: Entry, now: float, reason: str, *, force: bool = False, bound: float = inf
+    ) -> list[Decision]:
+        """Stop a child after its running requests, at most `bound` seconds from now; at once with `force`."""
+        if entry.state is State.STARTING or (entry.state is State.READY and not entry.leases):
+            return self._stop(entry, reason)
+        if entry.state in (State.READY, State.DRAINING):
+            if force:
+                return self._stop(entry, reason)
+            entry.state = State.DRAINING
+            entry.drain_until = min(entry.drain_until, now + bound)
+        elif entry.state is State.FAILED:
+            entry.state = State.ABSENT
+        return []
+
+    def _stop(self, entry: Entry, reason: str) -> list[Decision]:
+        entry.state = State.STOPPING
+        return [Stop(entry.model, reason)]
+
+    def _wants_start(self, entry: Entry, now: float) -> bool:
+        if entry.state is State.ABSENT or (entry.state is State.FAILED and now >= entry.retry_at):
+            return bool(entry.waiters) or entry.wanted
+        return False
+
+    def _patience_ends(self, waiting: Entry, busy: Entry) -> float:
+        """Return when `busy` may be drained for `waiting`: both have had their `max_wait` seconds."""
+        if not waiting.waiters:
+            return inf
+        return max(waiting.oldest(), busy.ready_at) + self.limits.max_wait
+
+    def _leaving(self) -> int:
+        return sum(e.state in (State.DRAINING, State.STOPPING) for e in self.entries.values())
+
+    def _idle_until(self, entry: Entry) -> float:
+        if entry.state is not State.READY or entry.leases or entry.pinned or entry.idle_unload <= 0:
+            return inf
+        return entry.last_used + entry.idle_unload
+
+    def _anyone_waits(self) -> bool:
+        return any(entry.waiters or entry.wanted for entry in self.entries.values())
+
+    def _refuse_all(self, entry: Entry, error: SupervisorError) -> list[Decision]:
+        refused: list[Decision] = [Refuse(ticket, error) for ticket in entry.waiters]
+        for ticket in list(entry.waiters):
+            self._forget(entry, ticket)
+        return refused
+
+    def _forget(self, entry: Entry, ticket: int) -> None:
+        del entry.waiters[ticket]
+        del self._tickets[ticket]
+
+    def tickets(self) -> Iterator[int]:
+        """Iterate over all requests that wait or hold a lease."""
+        return iter(self._tickets)
+
+
+def _again(error: SupervisorError, wait: float) -> SupervisorError:
+    """Return `error` with the time in seconds after which a new try makes sense."""
+    message = f"{error.message}" if wait <= 0 else f"{error.message}\n(next try in {wait:.0f} s)"
+    return StartFailed(message, param=error.param, retry_after=max(1.0, wait))

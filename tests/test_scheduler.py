@@ -1,0 +1,436 @@
+"""The scheduler alone: events in, decisions out, time as a number."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from supervisor.errors import ModelNotFound, NotLoaded, QueueFull, ShuttingDown, StartFailed, WaitTimeout
+from supervisor.scheduler import OCCUPYING, Decision, Grant, Limits, Refuse, Scheduler, Start, State, Stop
+
+BOOM = StartFailed("boom")
+
+
+def scheduler(**limits: float) -> Scheduler:
+    return Scheduler(Limits(**{"max_loaded": 1, "max_wait": 5.0, **limits}))
+
+
+def ready(s: Scheduler, model: str, now: float = 0.0) -> None:
+    s.load(model, now)
+    s.ready(model, now)
+
+
+def refusals(decisions: list[Decision]) -> dict[int, type]:
+    return {d.ticket: type(d.error) for d in decisions if isinstance(d, Refuse)}
+
+
+def test_first_request_starts_the_model_and_is_granted_when_it_is_ready():
+    s = scheduler()
+    assert s.request(1, "a", 0) == [Start("a")]
+    assert s.request(2, "a", 0) == []
+    assert s.ready("a", 1) == [Grant(1, "a"), Grant(2, "a")]
+    assert s.request(3, "a", 2) == [Grant(3, "a")]
+    assert s.entry("a").leases == {1, 2, 3}
+
+
+def test_a_second_model_starts_beside_the_first_when_there_is_room():
+    s = scheduler(max_loaded=2)
+    ready(s, "a")
+    assert s.request(1, "b", 1) == [Start("b")]
+
+
+def test_an_idle_model_makes_room_at_once():
+    s = scheduler()
+    ready(s, "a")
+    assert s.request(1, "b", 1) == [Stop("a", "making room for b")]
+    assert s.stopped("a", 1.1) == [Start("b")]
+    assert s.ready("b", 1.5) == [Grant(1, "b")]
+
+
+def test_the_least_recently_used_idle_model_goes():
+    s = scheduler(max_loaded=2)
+    ready(s, "a")
+    ready(s, "b")
+    s.request(1, "a", 5)
+    s.release(1, 6)
+    assert s.request(2, "c", 7) == [Stop("b", "making room for c")]
+
+
+def test_a_busy_model_is_drained_only_after_max_wait_and_its_answers_finish():
+    s = scheduler()
+    ready(s, "a")
+    s.request(1, "a", 10)
+    assert s.request(2, "b", 11) == []
+    assert s.request(3, "a", 12) == [Grant(3, "a")]  # it may jump ahead until then
+    assert s.next_tick(12) == 16
+    assert s.tick(15.9) == []
+    assert s.tick(16) == []  # it drains: nothing is stopped while answers run
+    assert s.entry("a").state is State.DRAINING
+    assert s.request(4, "a", 17) == []  # it waits its turn
+    assert s.next_tick(17) != 17
+    assert s.release(1, 18) == []
+    assert s.release(3, 19) == [Stop("a", "drained")]
+    assert s.stopped("a", 19.1) == [Start("b")]
+    assert s.ready("b", 19.6) == [Grant(2, "b")]
+    s.release(2, 20)
+    assert s.entry("a").waiters == {4: 17}
+
+
+def test_the_swapped_out_model_comes_back_for_its_waiters():
+    s = scheduler()
+    ready(s, "a")
+    s.request(1, "a", 10)
+    s.request(2, "b", 11)
+    s.tick(16)
+    s.request(3, "a", 17)
+    s.release(1, 18)
+    s.stopped("a", 18)
+    s.ready("b", 19)
+    assert s.release(2, 20) == [Stop("b", "making room for a")]
+    assert s.stopped("b", 20) == [Start("a")]
+
+
+def test_a_model_that_just_came_is_not_drained_before_it_had_its_time():
+    s = scheduler()
+    s.request(1, "a", 0)
+    s.request(2, "b", 0)
+    s.ready("a", 8)
+    assert s.entry("a").leases == {1}
+    assert s.tick(12.9) == []
+    assert s.entry("a").state is State.READY
+    s.tick(13)
+    assert s.entry("a").state is State.DRAINING
+
+
+def test_pinned_models_are_never_victims():
+    s = scheduler(max_loaded=2)
+    ready(s, "a")
+    ready(s, "b", 1)
+    s.entry("a").pinned = True
+    assert s.request(1, "c", 5) == [Stop("b", "making room for c")]
+
+
+def test_a_request_that_can_never_be_served_is_refused_at_once():
+    s = scheduler()
+    ready(s, "a")
+    s.entry("a").pinned = True
+    assert refusals(s.request(1, "b", 1)) == {1: NotLoaded}
+    assert not list(s.tickets())
+
+
+def test_one_stop_makes_room_for_one_start():
+    s = scheduler(max_loaded=2)
+    ready(s, "a")
+    ready(s, "b", 1)
+    assert s.request(1, "c", 2) == [Stop("a", "making room for c")]
+    assert s.request(2, "c", 2) == []
+    assert s.request(3, "d", 3) == [Stop("b", "making room for d")]
+    assert s.stopped("b", 4) == [Start("c")]  # the older waiter first
+    assert s.stopped("a", 5) == [Start("d")]
+
+
+def test_cancel_takes_a_waiter_out():
+    s = scheduler()
+    s.request(1, "a", 0)
+    s.cancel(1, 0.1)
+    assert s.ready("a", 1) == []
+    assert not list(s.tickets())
+
+
+def test_the_queue_is_bounded():
+    s = scheduler(queue_limit=2)
+    s.request(1, "a", 0)
+    s.request(2, "a", 0)
+    assert refusals(s.request(3, "a", 0)) == {3: QueueFull}
+
+
+def test_a_waiter_does_not_wait_for_ever():
+    s = scheduler(queue_timeout=60)
+    s.request(1, "a", 0)
+    s.request(2, "a", 30)
+    assert s.next_tick(1) == 60
+    assert refusals(s.tick(60)) == {1: WaitTimeout}
+    assert s.next_tick(60) == 90
+
+
+def test_a_failed_start_refuses_its_waiters_and_backs_off():
+    s = scheduler()
+    s.request(1, "a", 0)
+    assert refusals(s.failed("a", BOOM, 0.5)) == {1: StartFailed}
+    [refused] = s.request(2, "a", 1)
+    assert isinstance(refused, Refuse)
+    assert refused.error.retry_after == 1
+    assert "boom" in refused.error.message
+    assert s.request(3, "a", 1.5) == [Start("a")]
+    s.failed("a", BOOM, 2)
+    assert s.entry("a").retry_at == 4  # 1 s, then 2 s
+
+
+def test_backoff_is_bounded_and_ends_with_an_explicit_load():
+    s = scheduler()
+    now = 0.0
+    for _ in range(20):
+        s.load("a", now)
+        s.failed("a", BOOM, now)
+    assert s.entry("a").retry_at == now + 60
+    assert s.load("a", now + 1) == [Start("a")]
+
+
+def test_a_crash_restarts_at_the_next_request():
+    s = scheduler()
+    ready(s, "a")
+    s.request(1, "a", 1)
+    assert s.failed("a", BOOM, 2) == []
+    assert s.request(2, "a", 2) == [Start("a")]
+    s.release(1, 2, ok=False)
+    s.ready("a", 3)
+    s.failed("a", BOOM, 4)  # a second crash without an answer in between
+    assert s.entry("a").retry_at == 5
+
+
+def test_an_answer_forgives_earlier_failures():
+    s = scheduler()
+    ready(s, "a")
+    s.entry("a").failures = 3
+    s.request(1, "a", 1)
+    s.release(1, 2, ok=True)
+    assert s.entry("a").failures == 0
+
+
+def test_requests_that_must_not_start_a_model():
+    s = scheduler()
+    assert refusals(s.request(1, "a", 0, start=False)) == {1: NotLoaded}
+    s.load("a", 0)
+    assert s.request(2, "a", 0, start=False) == []  # it is on its way
+    assert s.ready("a", 1) == [Grant(2, "a")]
+
+
+def test_unload_drains_within_a_bound():
+    s = scheduler(drain=30)
+    ready(s, "a")
+    s.request(1, "a", 1)
+    assert s.unload("a", 2) == []
+    assert s.entry("a").state is State.DRAINING
+    assert s.next_tick(3) == 32
+    assert s.tick(32) == [Stop("a", "drain time over")]
+
+
+def test_forced_unload_cuts():
+    s = scheduler()
+    ready(s, "a")
+    s.request(1, "a", 1)
+    assert s.unload("a", 2, force=True) == [Stop("a", "unloaded")]
+    s.stopped("a", 2.1)
+    assert s.release(1, 2.2, ok=False) == []
+    assert s.entry("a").state is State.ABSENT
+
+
+def test_unload_of_a_starting_model_refuses_its_waiters():
+    s = scheduler()
+    s.request(1, "a", 0)
+    decisions = s.unload("a", 1)
+    assert refusals(decisions) == {1: NotLoaded}
+    assert decisions[-1] == Stop("a", "unloaded")
+    assert s.ready("a", 1.1) == []  # it came too late
+    assert s.stopped("a", 1.2) == []
+
+
+def test_a_replaced_file_is_swapped_in_after_the_leases_end():
+    s = scheduler()
+    ready(s, "a")
+    s.request(1, "a", 1)
+    assert s.restart("a", 2) == []
+    assert s.request(2, "a", 3) == []
+    assert s.release(1, 4) == [Stop("a", "drained")]
+    assert s.stopped("a", 5) == [Start("a")]
+    assert s.ready("a", 6) == [Grant(2, "a")]
+
+
+def test_a_pinned_model_that_is_replaced_comes_back_by_itself():
+    s = scheduler()
+    ready(s, "a")
+    s.entry("a").pinned = True
+    assert s.restart("a", 2) == [Stop("a", "replaced")]
+    assert s.stopped("a", 3) == [Start("a")]
+
+
+def test_a_removed_file_ends_its_waiters():
+    s = scheduler()
+    s.request(1, "a", 0)
+    decisions = s.remove("a", 1, ModelNotFound("a", [], 0))
+    assert refusals(decisions) == {1: ModelNotFound}
+    assert decisions[-1] == Stop("a", "removed")
+
+
+def test_idle_models_are_unloaded_in_time():
+    s = scheduler()
+    ready(s, "a")
+    s.entry("a").idle_unload = 10
+    s.request(1, "a", 1)
+    assert s.next_tick(2) is None
+    s.release(1, 5)
+    assert s.next_tick(6) == 15
+    assert s.tick(14) == []
+    assert s.tick(15) == [Stop("a", "idle")]
+
+
+def test_shutdown_refuses_waiters_drains_the_rest_and_starts_nothing():
+    s = scheduler(max_loaded=3, drain=30)
+    ready(s, "a")
+    ready(s, "b")
+    s.request(1, "a", 1)
+    s.request(2, "c", 1)
+    decisions = s.shutdown(2)
+    assert refusals(decisions) == {2: ShuttingDown}
+    assert [d for d in decisions if isinstance(d, Stop)] == [Stop("b", "shutdown"), Stop("c", "shutdown")]
+    assert refusals(s.request(3, "a", 3)) == {3: ShuttingDown}
+    assert s.tick(32) == [Stop("a", "drain time over")]
+    assert s.stopped("a", 33) == []
+    assert s.load("a", 34) == []
+
+
+@pytest.mark.parametrize("ticket", [7, 8])
+def test_unknown_tickets_are_ignored(ticket: int):
+    s = scheduler()
+    assert s.cancel(ticket, 0) == []
+    assert s.release(ticket, 0) == []
+
+
+class Machine(RuleBasedStateMachine):
+    """Random events against the rules that must always hold."""
+
+    models = st.sampled_from(["a", "b", "c", "d"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = Scheduler(Limits(max_loaded=2, max_wait=5, queue_limit=8, queue_timeout=50, drain=20))
+        self.now = 0.0
+        self.next_ticket = 1
+        self.waiting: dict[int, str] = {}
+        self.leases: dict[int, str] = {}
+        self.children: Counter[str] = Counter()
+        self.stopping: set[str] = set()
+
+    def carry_out(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case Start(model):
+                    assert self.children[model] == 0, "one child for each model"
+                    self.children[model] += 1
+                case Stop(model):
+                    assert self.children[model] == 1, "only what runs is stopped"
+                    assert model not in self.stopping
+                    self.stopping.add(model)
+                case Grant(ticket, model):
+                    assert self.s.entry(model).state is State.READY, "leases only on ready children"
+                    assert self.waiting.pop(ticket) == model
+                    self.leases[ticket] = model
+                case Refuse(ticket):
+                    assert self.waiting.pop(ticket, None) is not None
+
+    @rule(model=models, start=st.booleans())
+    def request(self, model: str, start: bool) -> None:
+        ticket, self.next_ticket = self.next_ticket, self.next_ticket + 1
+        self.waiting[ticket] = model
+        self.carry_out(self.s.request(ticket, model, self.now, start=start))
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(sorted(self.waiting)))
+        del self.waiting[ticket]
+        self.carry_out(self.s.cancel(ticket, self.now))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), ok=st.booleans())
+    def release(self, data: st.DataObject, ok: bool) -> None:
+        ticket = data.draw(st.sampled_from(sorted(self.leases)))
+        del self.leases[ticket]
+        self.carry_out(self.s.release(ticket, self.now, ok=ok))
+
+    @rule(model=models, event=st.sampled_from(["load", "unload", "force", "restart", "remove"]))
+    def people(self, model: str, event: str) -> None:
+        match event:
+            case "load":
+                self.carry_out(self.s.load(model, self.now))
+            case "unload" | "force":
+                self.carry_out(self.s.unload(model, self.now, force=event == "force"))
+            case "restart":
+                self.carry_out(self.s.restart(model, self.now))
+            case "remove":
+                self.carry_out(self.s.remove(model, self.now, ModelNotFound(model, [], 0)))
+
+    @precondition(lambda self: any(self.children.values()))
+    @rule(data=st.data(), ready=st.booleans())
+    def child(self, data: st.DataObject, ready: bool) -> None:
+        model = data.draw(st.sampled_from(sorted(m for m, n in self.children.items() if n)))
+        if model in self.stopping:
+            self.stopping.discard(model)
+            self.children[model] = 0
+            self.carry_out(self.s.stopped(model, self.now))
+        elif ready and self.s.entry(model).state is State.STARTING:
+            self.carry_out(self.s.ready(model, self.now))
+        else:
+            self.children[model] = 0
+            self.carry_out(self.s.failed(model, BOOM, self.now))
+
+    @rule(seconds=st.floats(0.01, 30))
+    def time_passes(self, seconds: float) -> None:
+        end = self.now + seconds
+        for _ in range(1000):
+            due = self.s.next_tick(self.now)
+            if due is None or due > end:
+                break
+            assert due >= self.now
+            self.now = due
+            before = self.s.next_tick(self.now)
+            self.carry_out(self.s.tick(self.now))
+            after = self.s.next_tick(self.now)
+            assert after is None or after > self.now or after != before, "a tick that is due must change something"
+        else:
+            raise AssertionError("ticks without end")
+        self.now = end
+
+    @invariant()
+    def budget_holds(self) -> None:
+        occupied = [e for e in self.s.entries.values() if e.state in OCCUPYING]
+        assert len(occupied) <= 2
+        assert {e.model for e in occupied} == {m for m, n in self.children.items() if n}
+
+    @invariant()
+    def nobody_is_forgotten(self) -> None:
+        waiting = {t: e.model for e in self.s.entries.values() for t in e.waiters}
+        assert waiting == self.waiting
+        assert set(self.s.tickets()) == set(self.waiting) | set(self.leases)
+        for entry in self.s.entries.values():
+            if entry.waiters:
+                assert entry.state is not State.READY, "who could run does not wait"
+
+    def teardown(self) -> None:
+        """Whatever happened: when all answers end and children obey, every waiter is served or refused."""
+        for _ in range(200):
+            for ticket in list(self.leases):
+                del self.leases[ticket]
+                self.carry_out(self.s.release(ticket, self.now))
+            for model in [m for m, n in self.children.items() if n]:
+                if model in self.stopping:
+                    self.stopping.discard(model)
+                    self.children[model] = 0
+                    self.carry_out(self.s.stopped(model, self.now))
+                elif self.s.entry(model).state is State.STARTING:
+                    self.carry_out(self.s.ready(model, self.now))
+            due = self.s.next_tick(self.now)
+            self.now = self.now + 0.5 if due is None else max(due, self.now)
+            self.carry_out(self.s.tick(self.now))
+            if not self.waiting and not self.leases:
+                break
+        assert not self.waiting
+        assert not list(self.s.tickets())
+
+
+Machine.TestCase.settings = hypothesis_settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestMachine = Machine.TestCase

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from aiohttp import web
@@ -24,6 +25,7 @@ from supervisor.relay import error_response
 from supervisor.routes import admin, models
 from supervisor.routes import native as native_routes
 from supervisor.routes.keys import CATALOG, FLEET, SETTINGS
+from supervisor.routes.wrap import Handler
 from supervisor.runtime import Runtime, RuntimeFolderError
 from supervisor.settings import Settings
 
@@ -31,6 +33,10 @@ log = logging.getLogger(__name__)
 
 HEADER_LIMIT = 64 * 1024
 """Longest request line and header field in bytes."""
+
+
+DOUBLE_SIGNAL = 0.5
+"""Seconds within which a second signal counts as the first: `timeout` and shells send both to us and our group."""
 
 
 class NotFound(SupervisorError):
@@ -48,7 +54,7 @@ class MethodNotAllowed(SupervisorError):
 
 
 @web.middleware
-async def routing_errors(request: web.Request, handler: web.Handler) -> web.StreamResponse:
+async def routing_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer unknown paths and methods with an error envelope, as every other error."""
     try:
         return await handler(request)
@@ -112,16 +118,17 @@ class Supervisor:
             handler_cancellation=True,
             access_log=None,
             handle_signals=False,
+            shutdown_timeout=1.0,
             max_line_size=HEADER_LIMIT,
             max_field_size=HEADER_LIMIT,
         )
         await self._runner.setup()
         await self.catalog.start()
         for host in self.config.server.host.split(","):
-            site = web.TCPSite(self._runner, host.strip(), self.config.server.port, shutdown_timeout=1.0)
+            site = web.TCPSite(self._runner, host.strip(), self.config.server.port, backlog=1024)
             await site.start()
             self._sites.append(site)
-        self.urls = [url_of(site) for site in self._sites]
+        self.urls = [url_of(address) for address in self._runner.addresses]
         for problem in self.catalog.problems:
             log.warning("%s", problem)
         for name in self.config.models.preload:
@@ -145,11 +152,9 @@ class Supervisor:
         self.fleet.apply_change(change)
 
 
-def url_of(site: web.TCPSite) -> str:
-    """Return the address of a site with the port it really has."""
-    server = site._server
-    assert isinstance(server, asyncio.Server)
-    host, port = server.sockets[0].getsockname()[:2]
+def url_of(address: tuple[Any, ...]) -> str:
+    """Return the URL of a socket's address, as `getsockname` gives it."""
+    host, port = address[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -183,19 +188,21 @@ async def serve(settings: Settings) -> int:
     """See `run`."""
     stop = asyncio.Event()
     running: list[Supervisor] = []
+    loop = asyncio.get_running_loop()
+    first = 0.0
 
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+        nonlocal first
+        if not stop.is_set():
+            drain = settings.config.server.drain_seconds
+            log.info("%s: draining for up to %g s; once more stops at once", number.name, drain)
+            first = loop.time()
+            stop.set()
+        elif loop.time() - first > DOUBLE_SIGNAL:
             log.warning("%s again: stopping at once", number.name)
             for one in running:
                 one.fleet.hurry()
-            return
-        log.info(
-            "%s: draining for up to %g s; once more stops at once", number.name, settings.config.server.drain_seconds
-        )
-        stop.set()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     try:

@@ -1,8 +1,9 @@
 """How is one llama-server started, known to be ready, stopped, and found dead?
 
 A child listens on a Unix socket. With `LLAMA_SERVER_ROUTER_PORT` set it speaks llama-server's internal child
-protocol: lines `cmd_child_to_router:state:{json}` on stdout tell of loading progress and readiness, and the end
-of its stdin makes it exit, so that it cannot outlive us. A server that does not speak it is polled on /health.
+protocol: lines `cmd_child_to_router:state:{json}` on stdout tell of loading progress and readiness,
+`cmd_router_to_child:exit` on stdin stops it, and the end of its stdin makes it exit, so that it cannot outlive us.
+A server that does not speak it is polled on /health and stopped by SIGTERM.
 On Linux the kernel kills it when we die (PR_SET_PDEATHSIG), also while it loads.
 """
 
@@ -30,6 +31,7 @@ from supervisor.upstream import Pool, UpstreamClosed
 log = logging.getLogger(__name__)
 
 STATE_PREFIX = b"cmd_child_to_router:state:"
+EXIT_COMMAND = b"cmd_router_to_child:exit\n"
 POLL_AFTER = 0.25
 """Seconds without a word of the child protocol after which /health is polled."""
 
@@ -171,7 +173,7 @@ class Child:
         return code
 
     async def stop(self, patience: float) -> None:
-        """End the process: cut its connections, SIGTERM, SIGKILL after `patience` seconds."""
+        """End the process: cut its connections, ask it to exit, SIGKILL after `patience` seconds."""
         self.stopping = True
         self.pool.cut()  # llama-server hangs on SIGTERM while a request is in flight
         async with self._turn:
@@ -179,15 +181,22 @@ class Child:
             if process is None:
                 return
             if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.terminate()
+                self._ask_to_exit(process)
                 try:
                     await asyncio.wait_for(process.wait(), patience)
                 except TimeoutError:
-                    log.warning("model %s: pid %d ignored SIGTERM for %g s, killing it", self.model, self.pid, patience)
+                    log.warning("model %s: pid %d did not stop in %g s, killing it", self.model, self.pid, patience)
                     self.kill()
                     await process.wait()
             await self._finish_pumps()
+
+    def _ask_to_exit(self, process: Process) -> None:
+        """SIGTERM; but by the protocol where it is spoken, for there SIGTERM waits for the end of stdin."""
+        with suppress(ProcessLookupError):
+            if self._spoke and self._ready.is_set() and process.stdin is not None and not process.stdin.is_closing():
+                process.stdin.write(EXIT_COMMAND)
+            else:
+                process.terminate()
 
     def kill(self) -> None:
         """SIGKILL the process and what it started."""

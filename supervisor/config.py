@@ -25,9 +25,7 @@ class ServerSection(Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; several with commas.")
     port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 lets the system choose one.")
     drain_seconds: Seconds = Field(30, description="On SIGTERM, how long running answers may go on.")
-    stop_seconds: Seconds = Field(
-        5, description="How long a child may take to exit after SIGTERM before SIGKILL."
-    )
+    stop_seconds: Seconds = Field(5, description="How long a child may take to exit after SIGTERM before SIGKILL.")
     llama_server: Path | None = Field(
         None, description="The llama-server binary; default: the one that `llama-supervisor build` made."
     )
@@ -60,9 +58,7 @@ class ModelOverride(Section):
 class ModelsSection(Section):
     """Which models there are, and how many run at once."""
 
-    directory: Path = Field(
-        Path("models"), description="Folder scanned for GGUF files; relative to the config file."
-    )
+    directory: Path = Field(Path("models"), description="Folder scanned for GGUF files; relative to the config file.")
     default_model: str | None = Field(
         None, description="Model used when a request names none or `auto`; default: the only one, else the first."
     )
@@ -77,12 +73,8 @@ class ModelsSection(Section):
     scan_interval_seconds: Seconds = Field(
         60, description="Rescan at least so often, for file systems that send no events; 0: events only."
     )
-    settle_seconds: Seconds = Field(
-        1, description="A file is offered once it has not changed for so many seconds."
-    )
-    load_stall_seconds: Seconds = Field(
-        120, description="A load without any progress for so many seconds is given up."
-    )
+    settle_seconds: Seconds = Field(1, description="A file is offered once it has not changed for so many seconds.")
+    load_stall_seconds: Seconds = Field(120, description="A load without any progress for so many seconds is given up.")
     overrides: dict[str, ModelOverride] = Field({}, description="Settings per model id.")
 
 
@@ -134,9 +126,7 @@ class LoggingSection(Section):
     """Where the supervisor's own log and its children's logs go."""
 
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level shown.")
-    directory: Path | None = Field(
-        None, description="Folder of the children's logs; default: the user's state folder."
-    )
+    directory: Path | None = Field(None, description="Folder of the children's logs; default: the user's state folder.")
     max_mb: float = Field(
         16, gt=0, le=65536, allow_inf_nan=False, description="Size at which a child's log is rotated, in MiB."
     )

@@ -15,7 +15,6 @@ import stat
 import tempfile
 from pathlib import Path
 
-import platformdirs
 import psutil
 
 log = logging.getLogger(__name__)
@@ -32,9 +31,10 @@ class RuntimeFolderError(Exception):
 
 def default_root() -> Path:
     """Return the user's runtime folder, short enough for a socket's path."""
-    root = Path(platformdirs.user_runtime_dir("llama-supervisor"))
-    if root.parent.is_dir() and len(os.fsencode(root)) + _ROOM_FOR_NAME <= MAX_SOCKET_PATH:
-        return root
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        root = Path(base) / "llama-supervisor"
+        if root.parent.is_dir() and len(os.fsencode(root)) + _ROOM_FOR_NAME <= MAX_SOCKET_PATH:
+            return root
     return Path(tempfile.gettempdir()) / f"llama-supervisor-{os.getuid()}"
 
 

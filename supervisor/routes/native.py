@@ -68,16 +68,19 @@ class _Routing(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Routing).decode
+_check_syntax = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def model_in_json(body: bytes) -> str | None:
     """Return the body's `model`, None when it has none. Raises `BadRequest` when it is no JSON or no string."""
     try:
-        return _decode(body).model
-    except msgspec.ValidationError as error:
-        if "$.model" in str(error):
-            raise BadRequest("'model' must be a string", param="model") from error
-        return None  # not an object: the child says what it expects
+        try:
+            return _decode(body).model
+        except msgspec.ValidationError as error:
+            if "$.model" in str(error):
+                raise BadRequest("'model' must be a string", param="model") from error
+            _check_syntax(body)
+            return None  # not an object, as /lora-adapters takes
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise BadRequest(f"the request body is not valid JSON: {error}") from error
 

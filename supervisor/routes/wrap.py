@@ -25,8 +25,8 @@ def guarded(handler: Handler) -> Handler:
             return error_response(request.path, error)
         except web.HTTPRequestEntityTooLarge:
             limit = request.client_max_size / 1024 / 1024
-            error = BodyTooLarge(f"the request body is over {limit:g} MiB (api.max_body_mb)")
-            return error_response(request.path, error)
+            too_large = BodyTooLarge(f"the request body is over {limit:g} MiB (api.max_body_mb)")
+            return error_response(request.path, too_large)
 
     return wrapped
 

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""What does the relay cost? A trivial upstream, direct and through the supervisor, interleaved.
+
+Requests: `wrk` with 1 and 16 connections. Streams: 1, 8 and 32 at once; time to first token, token rate.
+Needs wrk.
+"""
+
+import asyncio
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import uvloop
+
+HERE = Path(__file__).parent
+BODY = '{"model": "m", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 64}'
+LUA = 'wrk.method="POST" wrk.body=[[%s]] wrk.headers["Content-Type"]="application/json"\n'
+LUA += 'done=function(s,l,r) io.write(string.format("P50 %%d\\n", l:percentile(50))) end\n'
+
+
+def wrk(port: int, connections: int, seconds: float, script: Path) -> dict[str, float]:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(script)]
+    command.append(f"http://127.0.0.1:{port}/v1/chat/completions")
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in out:
+        raise SystemExit(f"errors from port {port}:\n{out}")
+    rate = float(re.search(r"Requests/sec:\s+([\d.]+)", out)[1])
+    return {"rate": rate, "p50_ms": int(re.search(r"P50 (\d+)", out)[1]) / 1000}
+
+
+async def one_stream(port: int, body: bytes) -> tuple[float, float, int]:
+    """Return (time to first token, time of the whole stream, tokens) in seconds."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    began = time.perf_counter()
+    writer.write(head % len(body) + body)
+    first, tokens, tail = 0.0, 0, b""
+    while b"[DONE]" not in tail[-200:]:
+        data = await reader.read(65536)
+        if not data:
+            raise SystemExit(f"stream from port {port} was cut after {tokens} tokens")
+        tokens += data.count(b'"delta"')
+        if tokens and not first:
+            first = time.perf_counter() - began
+        tail = tail[-200:] + data
+    whole = time.perf_counter() - began
+    writer.close()
+    return first, whole, tokens
+
+
+def streams(port: int, count: int) -> dict[str, float]:
+    body = BODY.replace("}]", '}], "stream": true').encode()
+
+    async def run():
+        return await asyncio.gather(*(one_stream(port, body) for _ in range(count)))
+
+    results = uvloop.run(run())
+    rate = sum(tokens for _, _, tokens in results) / max(whole for _, whole, _ in results)
+    return {"ttft_p50_ms": 1000 * statistics.median(first for first, _, _ in results), "tokens_per_s": rate}
+
+
+def main() -> int:
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", type=common.model_file, required=True, help="any GGUF file; it is not loaded")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=3, help="length of each wrk run")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "post.lua"
+        script.write_text(LUA % BODY)
+        fake = Path(folder) / "fake-server"
+        fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "fake_server.py"}" "$@"\n')
+        fake.chmod(0o755)
+        direct = common.free_port()
+        os.environ["FAKE_PORT"] = str(direct)
+        with common.supervisor({"m": options.model}, fake) as proxy:
+            proxied = int(proxy.url.rsplit(":", 1)[1])
+            wrk(proxied, 4, 1, script)  # starts the child and warms everything up
+            found: dict[str, dict[str, list[dict[str, float]]]] = {}
+            for _ in range(options.rounds):
+                for side, port in (("direct", direct), ("proxy", proxied)):
+                    for connections in (1, 16):
+                        figures = wrk(port, connections, options.seconds, script)
+                        found.setdefault(f"wrk c={connections}", {}).setdefault(side, []).append(figures)
+                    for count in (1, 8, 32):
+                        found.setdefault(f"{count} streams", {}).setdefault(side, []).append(streams(port, count))
+    report(found, options.json)
+    return 0
+
+
+def report(found: dict, as_json: bool) -> None:
+    rows = []
+    for case, sides in found.items():
+        for figure in sides["direct"][0]:
+            direct, proxy = (statistics.median(one[figure] for one in sides[side]) for side in ("direct", "proxy"))
+            rows.append({"case": case, "figure": figure, "direct": round(direct, 3), "proxy": round(proxy, 3)})
+            rows[-1] |= {"added": round(proxy - direct, 3), "ratio": round(proxy / direct, 4)}
+    if as_json:
+        print(json.dumps({"machine": common.machine_state(), "rows": rows}, indent=1))
+        return
+    for row in rows:
+        line = "{case:<11} {figure:<13} direct {direct:>10}  proxy {proxy:>10}  added {added:>10}  ratio {ratio}"
+        print(line.format(**row))
+    common.print_machine(common.machine_state())
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,62 @@
+"""Options that many commands share, and how their help is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from supervisor.client import Client
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+URL_VARIABLE = "LLAMA_SUPERVISOR_URL"
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1", "*": "127.0.0.1"}  # noqa: S104 (not bound here)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, errors too.")
+
+config_option = click.option(
+    "--config",
+    "-c",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Configuration file.  [default: $LLAMA_SUPERVISOR_CONFIG, ./config.json or the user's]",
+)
+
+
+def client_options(command: F) -> F:
+    """Add the options of commands that ask a running supervisor."""
+    url = click.option(
+        "--url",
+        envvar=URL_VARIABLE,
+        help=f"Address of the supervisor.  [default: ${URL_VARIABLE} or the configured host and port]",
+    )
+    return url(config_option(json_option(command)))
+
+
+def example(*lines: str) -> str:
+    """Return the end of a command's help: what one may type."""
+    return "\n".join(
+        ["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  llama-supervisor {x}" for x in lines)]
+    )
+
+
+def client(url: str | None, config: Path | None) -> Client:
+    """Return the client of the supervisor at `url`, or at the address in the configuration."""
+    from supervisor.client import Client  # noqa: PLC0415 (only commands that ask need it)
+
+    return Client(url or _configured_url(config))
+
+
+def _configured_url(config: Path | None) -> str:
+    from supervisor.settings import load  # noqa: PLC0415 (pydantic is slow to import)
+
+    server = load(config).config.server
+    if server.port == 0:
+        raise click.UsageError("server.port is 0, chosen at start: name the supervisor's address with --url")
+    host = server.host.split(",")[0].strip()
+    host = EVERY_ADDRESS.get(host, host).strip("[]")
+    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"

@@ -20,11 +20,12 @@ from supervisor import native
 from supervisor.catalog import Catalog, Change
 from supervisor.config import Config
 from supervisor.errors import ModelNotFound, SupervisorError
+from supervisor.fetch import SetupError
 from supervisor.fleet import Fleet
 from supervisor.relay import error_response
 from supervisor.routes import admin, models
 from supervisor.routes import native as native_routes
-from supervisor.routes.keys import CATALOG, FLEET, SETTINGS
+from supervisor.routes.keys import CATALOG, FLEET, SETTINGS, URLS
 from supervisor.routes.wrap import Handler
 from supervisor.runtime import Runtime, RuntimeFolderError
 from supervisor.settings import Settings
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 HEADER_LIMIT = 64 * 1024
 """Longest request line and header field in bytes."""
 
+
+MAX_SETTLE = 2.0
+"""Longest wait in seconds at the start for files that may still be copied."""
 
 DOUBLE_SIGNAL = 0.5
 """Seconds within which a second signal counts as the first: `timeout` and shells send both to us and our group."""
@@ -113,6 +117,7 @@ class Supervisor:
         """Listen first, so that a port in use is found at once; then look for models and preload."""
         self.runtime.open()
         app = make_app(self.settings, self.catalog, self.fleet)
+        app[URLS] = self.urls
         self._runner = web.AppRunner(
             app,
             handler_cancellation=True,
@@ -124,11 +129,15 @@ class Supervisor:
         )
         await self._runner.setup()
         await self.catalog.start()
+        if self.catalog.copying and not self.catalog.models:  # a model that was pulled a moment ago
+            await asyncio.sleep(min(self.config.models.settle_seconds, MAX_SETTLE))
+            await self.catalog.rescan()
         for host in self.config.server.host.split(","):
             site = web.TCPSite(self._runner, host.strip(), self.config.server.port, backlog=1024)
             await site.start()
             self._sites.append(site)
-        self.urls = [url_of(address) for address in self._runner.addresses]
+        self.fleet.binary_version = await asyncio.to_thread(self._binary_version)
+        self.urls += [url_of(address) for address in self._runner.addresses]
         for problem in self.catalog.problems:
             log.warning("%s", problem)
         for name in self.config.models.preload:
@@ -147,6 +156,17 @@ class Supervisor:
             await self._runner.cleanup()
         await self.catalog.stop()
         self.runtime.close()
+
+    def _binary_version(self) -> native.ServerVersion | None:
+        binary = self.fleet.binary()
+        if binary is None:
+            log.warning("there is no llama-server yet: run `llama-supervisor build`")
+            return None
+        try:
+            return native.server_version(binary)
+        except (OSError, ValueError, SetupError) as error:
+            log.warning("%s does not say its version: %s", binary, error)
+            return None
 
     def _on_change(self, change: Change) -> None:
         self.fleet.apply_change(change)

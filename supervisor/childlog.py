@@ -37,7 +37,7 @@ class ChildLog:
         self.path = path
         self.max_bytes = max_bytes
         self.lines: deque[str] = deque(maxlen=TAIL_LINES)
-        self._followers: set[asyncio.Queue[str]] = set()
+        self._followers: set[asyncio.Queue[str | None]] = set()
         self._broken = False
 
     def write(self, data: bytes) -> None:
@@ -45,25 +45,32 @@ class ChildLog:
         lines = [mask(line) for line in data.decode("utf-8", "replace").splitlines()]
         for masked in lines:
             self.lines.append(masked)
-            for queue in self._followers:
-                if queue.full():
-                    queue.get_nowait()
-                queue.put_nowait(masked)
+            self._tell(masked)
         self._write_file("".join(line + "\n" for line in lines))
+
+    def close(self) -> None:
+        """Let everyone who follows the log come to the end of it."""
+        self._tell(None)
 
     def tail(self, count: int) -> list[str]:
         """Return the last `count` lines."""
         return list(self.lines)[-count:] if count > 0 else []
 
     async def follow(self) -> AsyncIterator[str]:
-        """Yield lines as they come."""
-        queue: asyncio.Queue[str] = asyncio.Queue(FOLLOW_QUEUE)
+        """Yield lines as they come, until `close`."""
+        queue: asyncio.Queue[str | None] = asyncio.Queue(FOLLOW_QUEUE)
         self._followers.add(queue)
         try:
-            while True:
-                yield await queue.get()
+            while (line := await queue.get()) is not None:
+                yield line
         finally:
             self._followers.discard(queue)
+
+    def _tell(self, line: str | None) -> None:
+        for queue in self._followers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(line)
 
     def _write_file(self, text: str) -> None:
         if self.path is None:

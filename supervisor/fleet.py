@@ -16,6 +16,7 @@ from supervisor.child import Child, describe_exit
 from supervisor.childlog import ChildLog, file_name
 from supervisor.config import Config
 from supervisor.errors import ChildFailed, ModelNotFound, StartFailed, SupervisorError
+from supervisor.native import ServerVersion
 from supervisor.runtime import Runtime
 from supervisor.scheduler import Decision, Entry, Grant, Limits, Refuse, Scheduler, Start, State, Stop
 from supervisor.upstream import UpstreamClosed
@@ -65,10 +66,11 @@ class Fleet:
         self.binary = binary
         self._log_folder = log_folder
         self.patches = patches
+        self.binary_version: ServerVersion | None = None
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listeners: set[asyncio.Queue[Event]] = set()
+        self._listeners: set[asyncio.Queue[Event | None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._gone = asyncio.Event()
         self._gone.set()
@@ -140,13 +142,13 @@ class Fleet:
             self.logs[model] = ChildLog(path, int(self.config.logging.max_mb * 1024 * 1024))
         return self.logs[model]
 
-    def listen(self) -> asyncio.Queue[Event]:
-        """Return a queue that gets every event from now on, until `unlisten`."""
-        queue: asyncio.Queue[Event] = asyncio.Queue(EVENT_QUEUE)
+    def listen(self) -> asyncio.Queue[Event | None]:
+        """Return a queue that gets every event from now on, until `unlisten`; None is the end of them."""
+        queue: asyncio.Queue[Event | None] = asyncio.Queue(EVENT_QUEUE)
         self._listeners.add(queue)
         return queue
 
-    def unlisten(self, queue: asyncio.Queue[Event]) -> None:
+    def unlisten(self, queue: asyncio.Queue[Event | None]) -> None:
         """Stop feeding `queue`."""
         self._listeners.discard(queue)
 
@@ -161,6 +163,9 @@ class Fleet:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tell(None)  # the front waits for its handlers, so these must end
+        for log_ in self.logs.values():
+            log_.close()
 
     def hurry(self) -> None:
         """Kill all children now: somebody asked twice."""
@@ -318,7 +323,9 @@ class Fleet:
         self._publish(child.model, "model_status", {"status": "loading", "progress": child.progress})
 
     def _publish(self, model: str, event: str, data: Event) -> None:
-        message = {"model": model, "event": event, "data": data}
+        self._tell({"model": model, "event": event, "data": data})
+
+    def _tell(self, message: Event | None) -> None:
         for queue in self._listeners:
             if queue.full():
                 queue.get_nowait()

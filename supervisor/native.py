@@ -20,7 +20,7 @@ import msgspec
 from rich.console import Console
 
 from supervisor import compile_run, sources, toolchain
-from supervisor.fetch import DownloadFailed, SetupError, need_space
+from supervisor.fetch import DownloadFailed, SetupError, disk_errors, need_space
 from supervisor.files import cache_root, file_lock, link_atomic, sha256_file, try_lock, write_atomic
 from supervisor.patching import PatchSeries, patch_series, patches_folder
 from supervisor.progress import say
@@ -203,7 +203,10 @@ def build(options: BuildOptions, console: Console) -> BuildResult:
     for source in sources.sources(options.source, recipe.root.parent / "downloads"):
         folder = recipe.folder(source)
         lock = folder.with_suffix(".lock")
-        with file_lock(lock, lambda: say(console, "another build of this is running: waiting for it")):
+        with (
+            disk_errors("llama-server cannot be built"),
+            file_lock(lock, lambda: say(console, "another build of this is running: waiting for it")),
+        ):
             if _finished(folder) is not None:
                 return _use(folder, False, started)
             need_space(folder, NEEDED_SPACE.get(recipe.backend, 700 << 20), "building llama-server")

@@ -94,7 +94,7 @@ def _apply(patch: Path, tree: Path) -> None:
         # patch-ng applies new, deleted and renamed files first and forgets them: keep the list for the check.
         items = list(parsed.items) if parsed else []
         # It takes a file that has the change already, and bad names, with no more than a warning: here they count.
-        applied = bool(parsed) and not parsed.warnings and parsed.apply(strip=0)
+        applied = bool(parsed) and not complaints and parsed.apply(strip=0)
     if not applied or complaints or not items or not all(_is_in(item, root) for item in items):
         detail = "; ".join(complaints[:4]) or "not a unified diff"
         raise SetupError(

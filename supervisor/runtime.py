@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -97,17 +98,14 @@ class Runtime:
         socket.with_suffix(".pid").unlink(missing_ok=True)
 
     def _clean_up(self) -> None:
-        for folder in self.root.iterdir():
-            if folder.is_symlink() or not folder.is_dir():
-                continue
+        for folder in filter(_is_ours, self.root.iterdir()):
             lock = _try_lock(folder)
             if lock is None:
                 continue  # its supervisor runs
             try:
                 for record in folder.glob("*.pid"):
                     _kill_recorded(record)
-                shutil.rmtree(folder, ignore_errors=True)
-                log.info("removed what supervisor %s left behind", folder.name)
+                _remove(folder)
             finally:
                 os.close(lock)
 
@@ -115,8 +113,14 @@ class Runtime:
 def _lock_root(root: Path) -> int:
     """Make `root` if need be and wait for its lock; return the descriptor that holds it."""
     while True:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(FileExistsError):
+            root.mkdir(mode=0o700, parents=True)
+        try:
+            descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            if root.is_symlink():
+                raise
+            continue  # another supervisor has just removed it
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             if root.stat().st_ino == os.fstat(descriptor).st_ino:
@@ -131,7 +135,26 @@ def _make_private(folder: Path) -> None:
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
         raise RuntimeFolderError(f"runtime folder {folder} belongs to somebody else; set server.runtime_dir")
     if stat.S_IMODE(info.st_mode) != 0o700:
+        if not all(map(_is_ours, folder.iterdir())):
+            raise RuntimeFolderError(f"runtime folder {folder} holds other files; give server.runtime_dir an empty one")
         folder.chmod(0o700)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `path` looks like a supervisor's folder: somebody may have put the root where other things are."""
+    return path.name.isdecimal() and path.is_dir() and not path.is_symlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a dead supervisor's folder, but nothing in it that is not a supervisor's."""
+    try:
+        for path in [*folder.glob("*.sock"), *folder.glob("*.pid")]:
+            path.unlink()
+        folder.rmdir()
+    except OSError as error:
+        log.warning("%s was left behind by a dead supervisor and stays: %s", folder, error.strerror or error)
+        return
+    log.info("removed what supervisor %s left behind", folder.name)
 
 
 def _try_lock(folder: Path) -> int | None:

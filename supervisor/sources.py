@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import hashlib
 import os
 import shutil
 import subprocess
 import tarfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -166,7 +168,7 @@ def unpack(archive: Path, folder: str, tree: Path) -> None:
                 raise SetupError(f"{archive.name} has no folder {folder}")
             tree.mkdir(parents=True)
             tar.extractall(tree, members=members)  # noqa: S202 - each member was checked
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SetupError(f"{archive} cannot be unpacked ({error}): delete it and build again") from error
 
 

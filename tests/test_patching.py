@@ -76,7 +76,7 @@ def test_a_patch_cannot_leave_the_tree(tree: Path, patches: Path) -> None:
 @pytest.mark.parametrize("content", ["", "no patch at all\n"])
 def test_a_file_that_is_no_patch_is_an_error(tree: Path, patches: Path, content: str) -> None:
     (patches / "0001-series.patch").write_text(content)
-    with pytest.raises(SetupError, match="no patch data|not a unified diff"):
+    with pytest.raises(SetupError, match=r"no patch data|not a unified diff"):
         PatchSeries(patches).apply(tree)
 
 

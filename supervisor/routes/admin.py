@@ -9,7 +9,7 @@ from aiohttp import web
 
 from supervisor import __version__
 from supervisor.errors import BadRequest, ModelNotFound
-from supervisor.routes.keys import CATALOG, FLEET, SETTINGS
+from supervisor.routes.keys import CATALOG, FLEET, SETTINGS, URLS
 from supervisor.routes.wrap import guarded
 from supervisor.scheduler import OCCUPYING, State
 
@@ -39,7 +39,7 @@ async def status(request: web.Request) -> web.StreamResponse:
     """GET /api/v1/status: the supervisor and every model that is not simply absent."""
     fleet, catalog, settings = request.app[FLEET], request.app[CATALOG], request.app[SETTINGS]
     entries = fleet.scheduler.entries.values()
-    binary = fleet.binary()
+    binary, version = fleet.binary(), fleet.binary_version
     return web.json_response(
         {
             "version": __version__,
@@ -47,7 +47,13 @@ async def status(request: web.Request) -> web.StreamResponse:
             "uptime_seconds": round(time.monotonic() - _STARTED, 3),
             "state": "draining" if fleet.scheduler.closing else "running",
             "config": str(settings.path) if settings.path else None,
-            "native": {"path": str(binary) if binary else None, "patches": fleet.patches},
+            "addresses": request.app[URLS],
+            "native": {
+                "path": str(binary) if binary else None,
+                "build": version.build if version else None,
+                "patches": version.patches if version else None,
+                "ours": version.patches == fleet.patches if version else None,
+            },
             "models_directory": str(settings.config.models.directory),
             "problems": list(catalog.problems),
             "loaded": sum(entry.state in OCCUPYING for entry in entries),

@@ -11,3 +11,4 @@ from supervisor.settings import Settings
 CATALOG = web.AppKey("catalog", Catalog)
 FLEET = web.AppKey("fleet", Fleet)
 SETTINGS = web.AppKey("settings", Settings)
+URLS: web.AppKey[list[str]] = web.AppKey("urls", list)

@@ -199,10 +199,12 @@ async def test_a_replaced_file_is_swapped_in_when_its_answers_end(start, smollm2
     assert b"[DONE]" in await response.content.read()
 
     async def swapped():
-        _, props = await running.json("GET", "/props?model=a")
-        return child_pid(running, "a") != first and "gemma" in str(props["model_path"] + props["chat_template"]).lower()
+        _, model = await running.json("GET", "/v1/models/a")
+        return model["architecture_name"] == "gemma3" and await running.state("a") == "absent"
 
-    await until(swapped, 60)
+    await until(swapped)
+    assert (await running.chat("a", max_tokens=1))[0] == 200
+    assert child_pid(running, "a") != first
 
 
 async def test_shutdown_drains_and_leaves_nothing(start, smollm2):

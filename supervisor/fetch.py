@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
 from rich.filesize import decimal
 
 from supervisor.errors import SupervisorError
 from supervisor.files import file_lock, sha256_file
 from supervisor.progress import Meter, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 POLL_SECONDS = 0.2
 """How often the progress of a download is looked at."""

@@ -15,9 +15,9 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from rich.console import Console
 
 from supervisor import compile_run, sources, toolchain
 from supervisor.fetch import DownloadFailed, SetupError, disk_errors, need_space
@@ -26,6 +26,10 @@ from supervisor.patching import PatchSeries, patch_series, patches_folder
 from supervisor.progress import say
 from supervisor.sources import Source
 from supervisor.toolchain import Compiler
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 __all__ = [
     "BuildFacts",

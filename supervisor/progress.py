@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
 
 PLAIN_STEP = 5
 """Per cent between two plain lines, at least."""
@@ -37,6 +40,8 @@ class Meter:
         self._task: TaskID | None = None
         self._bar: Progress | None = None
         if console.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415 - slow
+
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),

@@ -13,13 +13,15 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Protocol
 
 from supervisor.fetch import DownloadFailed, Package, SetupError, pip_download
 from supervisor.files import sha256_file
 from supervisor.progress import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 BUILD_NUMBER = 11434
 TAG = f"b{BUILD_NUMBER}"

@@ -11,12 +11,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-from rich.console import Console
 
 from supervisor.fetch import SetupError, pip_install
 from supervisor.progress import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 BACKENDS = ("auto", "cpu", "cuda", "metal", "vulkan")
 """What `--backend` takes."""

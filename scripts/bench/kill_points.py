@@ -16,6 +16,7 @@ import json
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import threading
 import time
@@ -60,6 +61,7 @@ class Round:
     exit_code: int | None = None
     seconds: float = 0.0  # from the signal until all is gone
     client: str = "none"
+    stubborn: int = 0  # children that ignored SIGTERM and had to be killed
     before: list[str] = field(default_factory=list)  # files that an earlier round left
     failures: list[str] = field(default_factory=list)
 
@@ -136,6 +138,7 @@ def play(workspace: Workspace, phase: str, number: signal.Signals, delay: float)
                 played.failures.append(f"still runs {EXIT_SECONDS:g} s after {number.name}")
                 running.stop(signal.SIGKILL)
             played.seconds = time.monotonic() - sent
+            played.stubborn = running.output().count("ignored SIGTERM")
             if client is not None:
                 client.join(5)
                 played.client = client.outcome
@@ -230,8 +233,8 @@ def plan(count: int, seed: int, spans: dict[str, float]) -> list[tuple[str, sign
 
 
 def print_table(rounds: list[Round]) -> None:
-    """Print rounds and failures by phase and signal, and every failure."""
-    print(f"{'phase':8} {'signal':8} {'rounds':>6} {'failures':>8} {'longest':>9}  request ended with")
+    """Print by phase and signal: rounds, failures, seconds from the signal until all was gone, children killed."""
+    print(f"{'phase':8} {'signal':8} {'rounds':>6} {'failures':>8} {'median':>8} {'longest':>8} {'stubborn':>8}  request ended with")
     for phase in PHASES:
         for number in SIGNALS:
             these = [one for one in rounds if (one.phase, one.signal) == (phase, number.name)]
@@ -239,8 +242,10 @@ def print_table(rounds: list[Round]) -> None:
                 continue
             ends = [one.client for one in these]
             how = ", ".join(f"{ends.count(end)} {end}" for end in sorted(set(ends) - {"none"}))
-            failed, longest = sum(bool(one.failures) for one in these), max(one.seconds for one in these)
-            print(f"{phase:8} {number.name:8} {len(these):>6} {failed:>8} {longest:>7.2f} s  {how}")
+            failed, stubborn = sum(bool(one.failures) for one in these), sum(one.stubborn for one in these)
+            seconds = [one.seconds for one in these]
+            times = f"{statistics.median(seconds):>6.2f} s {max(seconds):>6.2f} s"
+            print(f"{phase:8} {number.name:8} {len(these):>6} {failed:>8} {times} {stubborn:>8}  {how}")
     for index, one in enumerate(rounds):
         if one.failures:
             print(f"\nround {index}: {one.phase} {one.signal} after {one.delay:.3f} s, exit code {one.exit_code}")

@@ -17,7 +17,10 @@ TAIL_LINES = 1000
 FOLLOW_QUEUE = 10_000
 """Lines held for a slow reader of `logs -f` before it loses some."""
 
-_SECRET = re.compile(r"(?i)((?:api[-_]?key|token|secret|password|authorization)\S*?(?:\s+bearer)?[\s=:'\"]+)(\S{4,})")
+_SECRET = re.compile(
+    r"(?i)\b((?:[\w-]*api[-_]?key|(?:hf|access|auth)[-_]token|[\w-]*secret|[\w-]*password|authorization|bearer)"
+    r"(?:['\"]?\s*[:=]\s*|\s+)(?:bearer\s+)?['\"]?)([^\s'\"]{4,})"
+)
 
 
 def mask(line: str) -> str:

@@ -86,7 +86,9 @@ class PerformanceSection(Section):
     context_size: int | None = Field(
         None, ge=8, le=1 << 27, description="Context in tokens; null: the model's own, cut to fit in memory."
     )
-    gpu_layers: Annotated[int, Field(ge=0)] | Literal["auto", "all"] = Field("auto", description="Layers kept on the GPU.")
+    gpu_layers: Annotated[int, Field(ge=0)] | Literal["auto", "all"] = Field(
+        "auto", description="Layers kept on the GPU."
+    )
     parallel: int | None = Field(None, ge=1, le=256, description="Slots per child; null: llama-server's.")
 
 

@@ -38,7 +38,9 @@ def wrk(port: int, connections: int, seconds: float, script: Path) -> dict[str, 
 async def one_stream(port: int, body: bytes) -> tuple[float, float, int]:
     """Return (time to first token, time of the whole stream, tokens) in seconds."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
     began = time.perf_counter()
     writer.write(head % len(body) + body)
     first, tokens, tail = 0.0, 0, b""

@@ -20,7 +20,9 @@ MESSAGES = [{"role": "user", "content": "Say hello."}]
 @pytest.fixture
 async def running(start, smollm2):
     override = {"embedder": {"args": ["--embedding", "--pooling", "mean"]}}
-    return await start({"small": smollm2, "embedder": smollm2}, models={"default_model": "small", "overrides": override})
+    return await start(
+        {"small": smollm2, "embedder": smollm2}, models={"default_model": "small", "overrides": override}
+    )
 
 
 async def test_openai_python(running):

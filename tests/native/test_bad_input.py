@@ -110,7 +110,12 @@ async def test_logs_check_their_parameters(running):
 
 async def test_raw_garbage_on_the_port_hurts_nobody(running):
     host, port = running.url.removeprefix("http://").split(":")
-    for garbage in (b"\x16\x03\x01\x02", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"\0" * 9000):
+    for garbage in (
+        b"\x16\x03\x01\x02",
+        b"GET\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"\0" * 9000,
+    ):
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(garbage)
         writer.write_eof()

@@ -209,6 +209,8 @@ class Fleet:
 
     def _arm(self) -> None:
         """Set the timer for the scheduler's next tick."""
+        if self._timer is None and self.scheduler.is_calm():
+            return  # the way of nearly every request
         due = self.scheduler.next_tick(self._now())
         if self._timer is not None:
             if due is not None and self._timer.when() <= due:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver, ObservedWatch
 
 log = logging.getLogger(__name__)
+
+# Two harmless races inside watchdog: a folder that it sees twice while it is made, and an event read during stop.
+warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
+logging.getLogger("watchdog.observers.inotify").addFilter(
+    lambda record: "called when the thread is inactive" not in str(record.msg)
+)
 
 _READS = frozenset({"opened", "closed_no_write"})
 _STRUCTURE = frozenset({"created", "deleted", "moved"})

@@ -287,6 +287,14 @@ class Scheduler:
             due = min(due, min((self._patience_ends(entry, e) for e in busy), default=inf))
         return None if due == inf else max(now, due)
 
+    def is_calm(self) -> bool:
+        """Whether nothing is ever due as things stand; a cheap look for the way of every request."""
+        draining = State.DRAINING
+        for entry in self.entries.values():
+            if entry.waiters or entry.idle_unload or entry.state is draining:
+                return False
+        return True
+
     # Views
 
     def entry(self, model: str) -> Entry:

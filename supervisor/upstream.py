@@ -1,54 +1,63 @@
 """How is one HTTP request sent to a child and its answer read, byte for byte?
 
-A small HTTP/1.1 client over a Unix socket on httptools' parser. It exists because it is on the path of every
-token: a general client spends more time a request than the whole relay may. Connections are kept open for
-reuse for less time than llama-server keeps them (5 s), so that it is we who close them.
+A small HTTP/1.1 client over Unix sockets on httptools' parser. It exists because it is on the path of every token:
+a general client takes more time a request than all the rest. It works on plain non-blocking sockets, for connecting
+to a Unix socket and sending a small request need no turn of the event loop: 32 requests that come at once reach the
+child one after the other at once, and not all in the last turn. Connections are kept open for reuse for less time
+than llama-server keeps them (5 s), so that it is we who close them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import Iterable
 from http import HTTPStatus
-from typing import cast
 
 import httptools
 
 HIGH_WATER = 256 * 1024
 """Bytes of an answer held for a slow client before the child is made to wait."""
 
+READ_SIZE = 128 * 1024
 IDLE_SECONDS = 3.0
 """How long an unused connection is kept."""
+
+CONNECT_SECONDS = 10.0
+"""How long to try when the child's queue of new connections is full."""
 
 
 class UpstreamClosed(Exception):
     """The child closed the connection, or sent something that is not HTTP, before the answer was complete."""
 
 
-class Connection(asyncio.Protocol):
+class Connection:
     """One connection to a child; carries one exchange at a time.
 
     Use: `send`, then `head`, then `read` until it returns b"".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, connected: socket.socket) -> None:
         self.status = 0
         self.reason = ""
         self.headers: list[tuple[str, str]] = []
         self.reused = False
         self.closed = False
-        self._transport: asyncio.Transport | None = None
+        self._socket = connected
+        self._loop = asyncio.get_running_loop()
         self._parser: httptools.HttpResponseParser | None = None
         self._chunks: deque[bytes] = deque()
         self._buffered = 0
         self._paused = False
-        self._write_paused = False
+        self._unsent = memoryview(b"")
         self._head_done = False
         self._complete = False
+        self._keep_alive = False
+        self._bodiless = False
         self._error: str | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(connected, self._readable)
 
     async def send(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         """Send a request; `headers` without hop-by-hop ones and without Content-Length."""
@@ -63,13 +72,11 @@ class Connection(asyncio.Protocol):
         if body or method in ("POST", "PUT", "PATCH"):
             lines.append(f"Content-Length: {len(body)}")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape")
-        assert self._transport is not None
-        if len(body) < HIGH_WATER:
-            self._transport.write(head + body)
-            return
-        self._transport.write(head)
-        self._transport.write(body)
-        while self._write_paused and not self.closed and not self._head_done:
+        self._unsent = memoryview(head + body)
+        self._writable()
+        if self._unsent:
+            self._loop.add_writer(self._socket, self._writable)
+        while self._unsent and self._error is None and not self._head_done:
             await self._wait()
 
     async def head(self) -> None:
@@ -90,9 +97,9 @@ class Connection(asyncio.Protocol):
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._buffered = 0
-        if self._paused and self._transport is not None and not self.closed:
+        if self._paused and not self.closed:
             self._paused = False
-            self._transport.resume_reading()
+            self._loop.add_reader(self._socket, self._readable)
         return data
 
     def take_all(self) -> bytes | None:
@@ -107,50 +114,61 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether another request may follow on this connection."""
-        return self._complete and not self.closed and self._parser is not None and self._keep_alive
+        return self._complete and not self.closed and self._keep_alive and not self._unsent
 
     def close(self) -> None:
         """Cut the connection; the child then cancels what it does for it."""
-        if self._transport is not None and not self.closed:
-            self._transport.abort()
-
-    # asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        if self._parser is None or self._complete:
-            self._fail("llama-server sent bytes that belong to no answer")
+        if self.closed:
             return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._fail(f"llama-server sent a malformed answer: {error}")
-            return
-        if self._buffered > HIGH_WATER and not self._paused and not self._complete:
-            self._paused = True
-            assert self._transport is not None
-            self._transport.pause_reading()
-        self._wake()
-
-    def eof_received(self) -> bool:
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        if self._head_done and not self._complete and not self._framed():
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        if self._head_done and not self._complete and not self._framed() and self._error is None:
             self._complete = True  # a body without a length ends with the connection
         elif not self._complete and self._error is None:
             self._error = "llama-server closed the connection"
         self._wake()
 
-    def pause_writing(self) -> None:
-        self._write_paused = True
+    # The socket
 
-    def resume_writing(self) -> None:
-        self._write_paused = False
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._fail(f"llama-server cut the connection: {error.strerror or error}")
+            return
+        if not data:
+            self.close()
+        elif self._parser is None or self._complete:
+            self._fail("llama-server sent bytes that belong to no answer")
+        else:
+            self._parse(self._parser, data)
+
+    def _parse(self, parser: httptools.HttpResponseParser, data: bytes) -> None:
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"llama-server sent a malformed answer: {error}")
+            return
+        if self._buffered > HIGH_WATER and not self._paused and not self._complete:
+            self._paused = True
+            self._loop.remove_reader(self._socket)
         self._wake()
+
+    def _writable(self) -> None:
+        try:
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._fail(f"llama-server cut the connection: {error.strerror or error}")
+            return
+        if not self._unsent:
+            self._loop.remove_writer(self._socket)
+            self._wake()
 
     # httptools callbacks
 
@@ -181,9 +199,6 @@ class Connection(asyncio.Protocol):
             self._complete = True
 
     # Inside
-
-    _keep_alive = False
-    _bodiless = False
 
     def _framed(self) -> bool:
         return any(name.lower() in ("content-length", "transfer-encoding") for name, _ in self.headers)
@@ -226,14 +241,28 @@ class Pool:
                 self._open.add(connection)
                 return connection
             connection.close()
-        if self._cut:
-            raise ConnectionResetError("the child is being stopped")
-        _, connection = await loop.create_unix_connection(Connection, self.socket_path)
+        connection = Connection(await self._connect())
         self._open.add(connection)
-        if self._cut:
-            self.release(connection)
-            raise ConnectionResetError("the child is being stopped")
         return connection
+
+    async def _connect(self) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + CONNECT_SECONDS
+        while not self._cut:
+            attempt = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                attempt.setblocking(False)
+                attempt.connect(self.socket_path)
+                return attempt
+            except BlockingIOError:  # too many connect at once
+                attempt.close()
+                if loop.time() > give_up:
+                    raise
+                await asyncio.sleep(0.005)
+            except BaseException:
+                attempt.close()
+                raise
+        raise ConnectionResetError("the child is being stopped")
 
     def release(self, connection: Connection) -> None:
         """Give a connection back; it is kept if its answer was read to the end, else cut."""

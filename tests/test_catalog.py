@@ -21,6 +21,9 @@ from supervisor.catalog import Catalog, Change
 from supervisor.config import ModelOverride, ModelsSection
 from supervisor.errors import ModelInvalid, ModelNotFound
 
+pytestmark = pytest.mark.filterwarnings("ignore:Callback with id:RuntimeWarning")
+"""See folder_watch: as an error this warning would end watchdog's thread."""
+
 NOW = 1_000_000.0
 OLD = NOW - 1000
 DEADLINE = 60.0

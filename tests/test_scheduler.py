@@ -402,6 +402,11 @@ class Machine(RuleBasedStateMachine):
         assert {e.model for e in occupied} == {m for m, n in self.children.items() if n}
 
     @invariant()
+    def calm_means_that_nothing_is_due(self) -> None:
+        if self.s.is_calm():
+            assert self.s.next_tick(self.now) is None
+
+    @invariant()
     def nobody_is_forgotten(self) -> None:
         waiting = {t: e.model for e in self.s.entries.values() for t in e.waiters}
         assert waiting == self.waiting

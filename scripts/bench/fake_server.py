@@ -65,7 +65,7 @@ async def main() -> None:
     if port := os.environ.get("FAKE_PORT"):
         servers.append(await loop.create_server(Fake, "127.0.0.1", int(port)))
     print('cmd_child_to_router:state:{"state":"ready","payload":{}}', flush=True)
-    await loop.run_in_executor(None, sys.stdin.read)  # until the supervisor goes
+    await loop.run_in_executor(None, sys.stdin.readline)  # the command to exit, or the end
     os._exit(0)
 
 

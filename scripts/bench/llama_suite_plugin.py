@@ -83,6 +83,8 @@ def wait_for_model(server: Any, timeout: float) -> None:
         if answer.status_code != 200 or "uptime_seconds" not in answer.text:
             return  # llama-server itself
         models = answer.json()["models"]
+        if server.model_hf_repo is None and server.model_file is None:
+            return  # a router, which starts models on demand
         if models and models[0]["state"] in SETTLED:
             if models[0]["state"] == "ready":
                 return

@@ -2,8 +2,8 @@
 
 `llama_suite.py` makes the suite run this with the file of its settings in $LLAMA_SUITE. In both modes a model of
 the hub becomes a local file. In proxy mode the supervisor gets a models folder with that one model, and the rest
-of the command line becomes `models.overrides`. A command line without a model starts llama-server's own router,
-which a proxy for one model cannot stand in for: that is llama-server in both modes.
+of the command line becomes `models.overrides`. A command line without a model starts llama-server's own router: in
+proxy mode too, unless the settings say that the supervisor stands in for it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ VALUES = {
     "--hf-repo": "repo",
     "--hf-file": "file",
     "--model-url": "url",
+    "--models-max": "models_max",
 }
 """Flags that are taken off the command line, with their values."""
 
@@ -72,17 +73,19 @@ def parse(arguments: list[str]) -> CommandLine:
     for argument in left:
         if argument in VALUES:
             line.taken[VALUES[argument]] = next(left)
-        elif argument != "--offline":
+        else:
             line.rest.append(argument)
+    if line.has_model and "--offline" in line.rest:
+        line.rest.remove("--offline")  # about the hub
     return line
 
 
 def direct_command(server: str, line: CommandLine, models: Path) -> list[str]:
     """Return the command that starts llama-server itself."""
     command = [server]
-    for key in ("host", "port", "alias"):
+    for key in ("host", "port", "alias", "models_max"):
         if key in line.taken:
-            command += [f"--{key}", line.taken[key]]
+            command += [f"--{key.replace('_', '-')}", line.taken[key]]
     if line.has_model:
         model = line.model(models)
         command += ["--model", str(model)]
@@ -91,13 +94,11 @@ def direct_command(server: str, line: CommandLine, models: Path) -> list[str]:
     return command + line.rest
 
 
-def supervisor_config(server: str, line: CommandLine, models: Path, folder: Path) -> dict[str, Any]:
-    """Put the model into a models folder below `folder` and return the supervisor's configuration."""
+def stock_with_one(line: CommandLine, models: Path, shelf: Path) -> dict[str, Any]:
+    """Put the one model into the models folder `shelf`; returns the configuration's section `models`."""
     file = line.model(models)
     aliases = sorted(line.taken["alias"].split(",")) if "alias" in line.taken else [file.stem.split("-00001-of-")[0]]
     name = aliases[0]  # llama-server's choice too: it keeps aliases in order
-    shelf = folder / "models"
-    shelf.mkdir()
     stem, shard, _ = file.stem.partition("-00001-of-")
     for part in file.parent.glob(f"{stem}-*-of-*.gguf") if shard else [file]:
         (shelf / part.name.replace(stem, name, 1)).symlink_to(part)
@@ -105,6 +106,32 @@ def supervisor_config(server: str, line: CommandLine, models: Path, folder: Path
         (shelf / f"mmproj-{name}.gguf").symlink_to(projector)
     # llama-server's default, where the supervisor's is stricter
     args = [] if any(flag in line.rest for flag in ("--cors-origins", *LOCAL_ONLY)) else ["--cors-origins", "*"]
+    return {
+        "unknown_model": "default",
+        "preload": [name],
+        "overrides": {name: {"args": args + line.rest, "aliases": aliases[1:]}},
+    }
+
+
+def stock_as_router(line: CommandLine, models: Path, shelf: Path) -> dict[str, Any]:
+    """Put what the hub's cache holds into the models folder `shelf`; returns the section `models`."""
+    name = "ggml-org/tinygemma3-GGUF:Q8_0"
+    folder = shelf / name.partition("/")[0]
+    folder.mkdir()
+    for place in (shelf, folder):  # a second file with that name makes the folder a part of the id
+        (place / f"{name.partition('/')[2]}.gguf").symlink_to(models / "tiny-gemma3.gguf")
+    (folder / f"mmproj-{name.partition('/')[2]}.gguf").symlink_to(models / PROJECTOR["tiny-gemma3.gguf"])
+    section: dict[str, Any] = {"overrides": {name: {"args": [arg for arg in line.rest if arg != "--offline"]}}}
+    if "models_max" in line.taken:
+        section["max_loaded_models"] = int(line.taken["models_max"])
+    return section
+
+
+def supervisor_config(server: str, line: CommandLine, models: Path, folder: Path) -> dict[str, Any]:
+    """Make a models folder below `folder` and return the supervisor's configuration."""
+    shelf = folder / "models"
+    shelf.mkdir()
+    stock = stock_with_one if line.has_model else stock_as_router
     return {
         "server": {
             "host": line.taken.get("host", "127.0.0.1"),
@@ -114,12 +141,7 @@ def supervisor_config(server: str, line: CommandLine, models: Path, folder: Path
             "llama_server": server,
             "runtime_dir": str(folder / "run"),
         },
-        "models": {
-            "directory": str(shelf),
-            "unknown_model": "default",
-            "preload": [name],
-            "overrides": {name: {"args": args + line.rest, "aliases": aliases[1:]}},
-        },
+        "models": {"directory": str(shelf), **stock(line, models, shelf)},
         "monitoring": {"child_metrics": False},  # as asked for by the suite, with --metrics
         "logging": {"directory": str(folder / "logs")},
     }
@@ -133,7 +155,7 @@ def main() -> None:
     if not line.has_model:
         with (root / "router.txt").open("a") as file:
             file.write(os.environ.get("PYTEST_CURRENT_TEST", "?").rpartition(" ")[0] + "\n")
-    elif settings["mode"] == "proxy":
+    if settings["mode"] == "proxy" and (line.has_model or settings["router"] == "supervisor"):
         folder = Path(tempfile.mkdtemp(prefix="start-", dir=root))
         config = folder / "config.json"
         config.write_text(json.dumps(supervisor_config(server, line, models, folder), indent=1))

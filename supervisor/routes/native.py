@@ -100,7 +100,7 @@ def model_of(request: web.Request, body: bytes) -> str | None:
     """Return which model a request names: in its body, else in its query; None when in neither."""
     name = None
     if body.strip():
-        if request.content_type == "multipart/form-data":
+        if request.headers.get("Content-Type", "").startswith("multipart/form-data"):
             boundary = request._content_dict.get("boundary") if request._content_dict else None
             if not boundary:
                 raise BadRequest("the multipart form has no boundary")

@@ -40,6 +40,8 @@ MAX_TENSORS, MIN_TENSOR_BYTES = 1 << 18, 24
 """Most entries, and the least bytes that one takes in the file."""
 MAX_WALKED = 1 << 24
 """Most strings and inner arrays that are stepped over one by one in a file; more would take many seconds."""
+INNER_ARRAY_COST = 16
+"""How many strings are stepped over in the time of one inner array."""
 MAX_ALIGNMENT = 1 << 20
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
@@ -319,7 +321,7 @@ def _array(reader: _Reader, what: str, depth: int = 1) -> tuple[Value | None, in
     if kind == _ARRAY:
         if depth >= MAX_NESTING:
             raise GGUFError(f"damaged: {what} nests arrays more than {MAX_NESTING} deep")
-        reader.walk(count)
+        reader.walk(INNER_ARRAY_COST * count)
         for _ in range(count):
             _array(reader, what, depth + 1)
         return None, count

@@ -85,13 +85,15 @@ def model_in_json(body: bytes) -> str | None:
         raise BadRequest(f"the request body is not valid JSON: {error}") from error
 
 
-def model_in_form(body: bytes, boundary: str) -> str | None:
-    """Return the field `model` of a multipart form (RFC 7578), None when it has none."""
-    for part in body.split(b"--" + boundary.encode("latin-1"))[1:]:
+def model_in_form(body: bytes, content_type: str) -> str | None:
+    """Return the field `model` of a multipart form (RFC 7578), None when it has none. Raises `BadRequest`."""
+    boundary = HTTP.header_factory("Content-Type", content_type).params.get("boundary")
+    if not boundary:
+        raise BadRequest("the multipart form has no boundary")
+    for part in body.split(b"--" + boundary.encode("utf-8", "surrogateescape"))[1:]:
         head, _, content = part.partition(b"\r\n\r\n")
-        headers = BytesHeaderParser(policy=HTTP).parsebytes(head.lstrip(b"\r\n"))
-        disposition: Any = headers.get("content-disposition")
-        if disposition is not None and getattr(disposition, "params", {}).get("name") == "model":
+        disposition: Any = BytesHeaderParser(policy=HTTP).parsebytes(head.lstrip(b"\r\n")).get("Content-Disposition")
+        if disposition is not None and disposition.params.get("name") == "model":
             return content.removesuffix(b"\r\n").decode("utf-8", "replace")
     return None
 
@@ -100,11 +102,9 @@ def model_of(request: web.Request, body: bytes) -> str | None:
     """Return which model a request names: in its body, else in its query; None when in neither."""
     name = None
     if body.strip():
-        if request.headers.get("Content-Type", "").startswith("multipart/form-data"):
-            boundary = request._content_dict.get("boundary") if request._content_dict else None
-            if not boundary:
-                raise BadRequest("the multipart form has no boundary")
-            name = model_in_form(body, boundary)
+        content_type = request.headers.get("Content-Type", "")
+        if content_type.lower().startswith("multipart/form-data"):
+            name = model_in_form(body, content_type)
         else:
             name = model_in_json(body)
     return name or request.query.get("model")

@@ -138,8 +138,6 @@ class Supervisor:
             self._sites.append(site)
         self.fleet.binary_version = await asyncio.to_thread(self._binary_version)
         self.urls += [url_of(address) for address in self._runner.addresses]
-        for problem in self.catalog.problems:
-            log.warning("%s", problem)
         for name in self.config.models.preload:
             try:
                 self.fleet.load(self.catalog.resolve(name).id)

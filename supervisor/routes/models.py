@@ -11,6 +11,7 @@ from aiohttp import web
 from supervisor.catalog import Model
 from supervisor.errors import BadRequest, ModelInvalid, ModelNotFound
 from supervisor.fleet import Fleet
+from supervisor.folder_scan import show
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.wrap import guarded, json_object
 from supervisor.scheduler import Entry, State
@@ -41,7 +42,7 @@ def describe(model: Model, fleet: Fleet) -> dict[str, Any]:
         "aliases": [model.id, *model.aliases],
         "tags": [],
         "status": _status(model, entry, fleet),
-        "path": str(model.path),
+        "path": show(model.path),
         "size": model.size,
         "context_length": header.context_length if header else None,
         "architecture_name": header.architecture if header else None,
@@ -63,7 +64,7 @@ def _status(model: Model, entry: Entry, fleet: Fleet) -> dict[str, Any]:
     status: dict[str, Any] = {"value": STATUS[entry.state]}
     child = fleet.children.get(model.id)
     if child is not None:
-        status["args"] = child.command
+        status["args"] = [show(arg) for arg in child.command]
         if entry.state is State.STARTING and child.progress:
             status["progress"] = child.progress.get("value")
     if entry.state is State.FAILED and entry.error is not None:

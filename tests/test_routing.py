@@ -12,7 +12,8 @@ from supervisor.routes.native import model_in_form, model_in_json, model_of
 
 FORM = (
     b'--xyz\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n'
-    b'RIFF name="model"\r\n\r\n--xy\r\n--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--xyz--\r\n'
+    b'RIFF name="model"\r\n\r\n--xy\r\n--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
+    b"whisper\r\n--xyz--\r\n"
 )
 
 

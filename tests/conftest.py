@@ -101,7 +101,7 @@ async def start(short_tmp: Path, native_server: Path) -> AsyncIterator[Start]:
             config: dict[str, dict[str, Any]] = {
                 "server": {"port": 0, "llama_server": native_server, "runtime_dir": short_tmp / "run"},
                 "models": {"directory": models, "settle_seconds": 0.2},
-                "performance": {"context_size": 2048, "threads": 2},
+                "performance": {"context_size": 2048, "threads": 1},
                 "logging": {"directory": short_tmp / "logs"},
             }
             for section, values in sections.items():

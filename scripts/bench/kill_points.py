@@ -234,9 +234,8 @@ def plan(count: int, seed: int, spans: dict[str, float]) -> list[tuple[str, sign
 
 def print_table(rounds: list[Round]) -> None:
     """Print by phase and signal: rounds, failures, seconds from the signal until all was gone, children killed."""
-    print(
-        f"{'phase':8} {'signal':8} {'rounds':>6} {'failures':>8} {'median':>8} {'longest':>8} {'stubborn':>8}  request ended with"
-    )
+    heads = f"{'phase':8} {'signal':8} {'rounds':>6} {'failures':>8} {'median':>8} {'longest':>8} {'stubborn':>8}"
+    print(f"{heads}  request ended with")
     for phase in PHASES:
         for number in SIGNALS:
             these = [one for one in rounds if (one.phase, one.signal) == (phase, number.name)]

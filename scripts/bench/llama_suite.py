@@ -127,6 +127,7 @@ class Suite:
         )
         environment = os.environ | {
             "LLAMA_SERVER_BIN_PATH": str(self.root / "llama-server"),
+            "LLAMA_ARG_THREADS": os.environ.get("LLAMA_ARG_THREADS", "1"),  # more would only wait for each other
             "LLAMA_SUITE": str(settings),
             "LLAMA_SUITE_RESULTS": str(results),
             "PORT": str(free_port()),

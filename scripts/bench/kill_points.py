@@ -61,7 +61,7 @@ class Round:
     exit_code: int | None = None
     seconds: float = 0.0  # from the signal until all is gone
     client: str = "none"
-    stubborn: int = 0  # children that ignored SIGTERM and had to be killed
+    stubborn: int = 0  # children that would not stop and had to be killed
     before: list[str] = field(default_factory=list)  # files that an earlier round left
     failures: list[str] = field(default_factory=list)
 
@@ -138,7 +138,7 @@ def play(workspace: Workspace, phase: str, number: signal.Signals, delay: float)
                 played.failures.append(f"still runs {EXIT_SECONDS:g} s after {number.name}")
                 running.stop(signal.SIGKILL)
             played.seconds = time.monotonic() - sent
-            played.stubborn = running.output().count("ignored SIGTERM")
+            played.stubborn = running.output().count(", killing it")
             if client is not None:
                 client.join(5)
                 played.client = client.outcome

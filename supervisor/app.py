@@ -16,12 +16,10 @@ from typing import Any
 import platformdirs
 from aiohttp import web
 
-from supervisor import native
-from supervisor.catalog import Catalog, Change
 from supervisor.config import Config
 from supervisor.errors import ModelNotFound, SupervisorError
-from supervisor.fetch import SetupError
 from supervisor.fleet import Fleet
+from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
 from supervisor.routes import admin, models
 from supervisor.routes import native as native_routes
@@ -29,6 +27,8 @@ from supervisor.routes.keys import CATALOG, FLEET, SETTINGS, URLS
 from supervisor.routes.wrap import Handler
 from supervisor.runtime import Runtime, RuntimeFolderError
 from supervisor.settings import Settings
+from supervisor.setup import native
+from supervisor.setup.fetch import SetupError
 
 log = logging.getLogger(__name__)
 

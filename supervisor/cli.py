@@ -200,7 +200,7 @@ def start(config: Path | None, as_json: bool, **options: Any) -> int:
 @json_option
 def build(backend: str, source: Path | None, jobs: int | None, keep: bool, as_json: bool) -> None:
     """Build the patched llama-server, or find it built."""
-    from supervisor import native  # noqa: PLC0415
+    from supervisor.setup import native  # noqa: PLC0415
 
     options = native.BuildOptions(backend=backend, source=source, jobs=jobs, keep=keep)
     result = native.build(options, console(stderr=True, quiet=as_json))
@@ -229,8 +229,8 @@ def pull(name: str, config: Path | None, directory: Path | None, as_json: bool) 
 
     smollm2 is SmolLM2-135M-Instruct, 98 MB, enough to try everything; gemma3-270m is Gemma 3 270M, 253 MB.
     """
-    from supervisor import embedded  # noqa: PLC0415
     from supervisor.settings import load as load_settings  # noqa: PLC0415
+    from supervisor.setup import embedded  # noqa: PLC0415
 
     if name not in embedded.MODELS:
         raise NoSuchModel(f"there is no model {name!r} to pull: choose one of {', '.join(embedded.MODELS)}")
@@ -247,9 +247,9 @@ def pull(name: str, config: Path | None, directory: Path | None, as_json: bool) 
 @json_option
 def doctor(config: Path | None, as_json: bool) -> int:
     """Look at what is here, what is missing and what to do about it."""
-    from supervisor import doctor as examination  # noqa: PLC0415
     from supervisor.config import Config  # noqa: PLC0415
     from supervisor.settings import load as load_settings  # noqa: PLC0415
+    from supervisor.setup import doctor as examination  # noqa: PLC0415
 
     try:
         settings = load_settings(config)
@@ -304,7 +304,7 @@ def config_show(config: Path | None, as_json: bool) -> None:
 @json_option
 def config_schema(as_json: bool) -> None:
     """Print the JSON schema of the configuration file."""
-    from supervisor.settings import schema  # noqa: PLC0415
+    from supervisor.config import schema  # noqa: PLC0415
 
     print_json(schema())
 

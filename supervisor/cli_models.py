@@ -155,7 +155,7 @@ def load(model: str, url: str | None, config: Path | None, as_json: bool, no_wai
 
 def _load(supervisor: Any, name: str, *, quiet: bool) -> None:
     from supervisor.client import Load  # noqa: PLC0415
-    from supervisor.progress import Meter  # noqa: PLC0415 (rich is slow to import)
+    from supervisor.setup.progress import Meter  # noqa: PLC0415 (rich is slow to import)
 
     with Meter(console(stderr=True, quiet=quiet), f"Loading {safe(name)}") as meter:
         Load(supervisor, name, lambda value: meter.update(round(value * 100), 100)).wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -146,3 +146,17 @@ class Config(Section):
     api: ApiSection = Field(ApiSection(), description="The HTTP interface.")
     monitoring: MonitoringSection = Field(MonitoringSection(), description="Measurement.")
     logging: LoggingSection = Field(LoggingSection(), description="Logs.")
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of the configuration file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def sections() -> dict[str, type[Section]]:
+    """Return the sections of the configuration by name."""
+    found = {}
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        found[name] = field.annotation
+    return found

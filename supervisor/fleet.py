@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from supervisor import plan
-from supervisor.catalog import Catalog, Change, Model
 from supervisor.child import Child, describe_exit
 from supervisor.childlog import ChildLog, file_name
 from supervisor.config import Config
 from supervisor.errors import ChildFailed, ModelNotFound, StartFailed, SupervisorError
-from supervisor.native import ServerVersion
+from supervisor.models.catalog import Catalog, Change, Model
 from supervisor.runtime import Runtime
 from supervisor.scheduler import Decision, Entry, Grant, Limits, Refuse, Scheduler, Start, State, Stop
+from supervisor.setup.native import ServerVersion
 from supervisor.upstream import UpstreamClosed
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 
-from supervisor.catalog import Model
 from supervisor.config import Config, ModelOverride
-from supervisor.gguf import Header
+from supervisor.models.catalog import Model
+from supervisor.models.gguf import Header
 
 KV_SHARE = 0.25
 """Share of the machine's memory that one model's KV cache may take when no context is configured."""

@@ -9,25 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from supervisor.config import Config, ModelOverride, Section
+from supervisor.config import ModelOverride, Section, sections
 
 BEGIN, END = "<!-- generated: do not edit, run scripts/docs -->", "<!-- /generated -->"
 
 _LIMITS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of the configuration file."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
-
-
-def sections() -> dict[str, type[Section]]:
-    """Return the sections of the configuration by name."""
-    found = {}
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        found[name] = field.annotation
-    return found
 
 
 def reference_markdown() -> str:

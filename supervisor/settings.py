@@ -15,12 +15,11 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from supervisor import config_file, explain
-from supervisor.config import Config, ModelOverride
+from supervisor.config import Config, ModelOverride, sections
 from supervisor.config_file import Keys, dotted
 from supervisor.errors import ConfigError
-from supervisor.reference import reference_markdown, schema, sections
 
-__all__ = ["ENV_PREFIX", "Row", "Settings", "load", "locate", "reference_markdown", "schema", "show"]
+__all__ = ["ENV_PREFIX", "Row", "Settings", "load", "locate", "show"]
 
 ENV_PREFIX = "LLAMA_SUPERVISOR_"
 DELIMITER = "__"

@@ -14,11 +14,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from supervisor import native
 from supervisor.app import Supervisor, supervisor
 from supervisor.config import Config
-from supervisor.embedded import MODELS
 from supervisor.settings import Settings
+from supervisor.setup import native
+from supervisor.setup.embedded import MODELS
 
 TEST_MODELS = "LLAMA_SUPERVISOR_TEST_MODELS"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from gguf_files import gguf, llama, write, write_mmproj, write_shards
 
-from supervisor import folder_scan
-from supervisor.catalog import Catalog, Change
 from supervisor.config import ModelOverride, ModelsSection
 from supervisor.errors import ModelInvalid, ModelNotFound
+from supervisor.models import folder_scan
+from supervisor.models.catalog import Catalog, Change
 
 NOW = 1_000_000.0
 OLD = NOW - 1000

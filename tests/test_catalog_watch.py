@@ -13,10 +13,10 @@ import pytest
 from gguf_files import gguf, llama, write
 from watchdog import events
 
-from supervisor import catalog as catalog_module
-from supervisor import folder_watch
-from supervisor.catalog import Catalog, Change
 from supervisor.config import ModelsSection
+from supervisor.models import catalog as catalog_module
+from supervisor.models import folder_watch
+from supervisor.models.catalog import Catalog, Change
 
 pytestmark = pytest.mark.filterwarnings("ignore:Callback with id:RuntimeWarning")
 """See folder_watch: as an error this warning would end watchdog's thread."""

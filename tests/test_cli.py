@@ -16,9 +16,10 @@ import pytest
 from fake_supervisor import as_json, run, start_process
 
 from supervisor import cli as program
-from supervisor import console, doctor, embedded, native, reference, settings
+from supervisor import config, console, reference, settings
 from supervisor.cli import cli
 from supervisor.cli_options import client
+from supervisor.setup import doctor, embedded, native
 
 ROOT = Path(__file__).parent.parent
 LONG = "a-very-long-model-name-" * 8 + "Q4_K_M"
@@ -164,7 +165,7 @@ def test_config_show() -> None:
 
 
 def test_config_schema() -> None:
-    assert as_json(run("config", "schema")) == as_json(run("config", "schema", "--json")) == settings.schema()
+    assert as_json(run("config", "schema")) == as_json(run("config", "schema", "--json")) == config.schema()
 
 
 def test_client_command_with_a_bad_configuration() -> None:
@@ -256,7 +257,7 @@ def test_start_options_agree_with_the_settings() -> None:
     """The options' limits are written twice, as the settings are slow to import; here they are compared."""
     properties = {
         name: section.model_json_schema()["properties"]
-        for name, section in reference.sections().items()
+        for name, section in config.sections().items()
         if section.model_fields
     }
     options = [option for option in cli.commands["start"].params if "__" in (option.name or "")]
@@ -293,7 +294,7 @@ def test_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_build_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from supervisor.fetch import SetupError
+    from supervisor.setup.fetch import SetupError
 
     def fake_build(*_: Any) -> Any:
         raise SetupError("no compiler: apt install g++")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_native import Transcript
 
-from supervisor import compile_run, progress
-from supervisor.files import file_lock, link_atomic, try_lock, write_atomic
+from supervisor.setup import compile_run, progress
+from supervisor.setup.files import file_lock, link_atomic, try_lock, write_atomic
 
 
 @pytest.fixture

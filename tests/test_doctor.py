@@ -11,9 +11,9 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from supervisor import doctor, native, toolchain
 from supervisor.config import Config
-from supervisor.doctor import Check
+from supervisor.setup import doctor, native, toolchain
+from supervisor.setup.doctor import Check
 
 SERIES = native.patch_series()
 

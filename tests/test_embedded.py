@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from tiny_native import Transcript
 
-from supervisor import embedded, folder_scan
-from supervisor.embedded import EmbeddedModel, Part
-from supervisor.fetch import ChecksumMismatch, Package, SetupError
+from supervisor.models import folder_scan
+from supervisor.setup import embedded
+from supervisor.setup.embedded import EmbeddedModel, Part
+from supervisor.setup.fetch import ChecksumMismatch, Package, SetupError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 3000
 HALVES = (CONTENT[:500_000], CONTENT[500_000:])

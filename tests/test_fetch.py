@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny_native import CMAKE, Transcript, make_tree
 
-from supervisor import fetch, sources
-from supervisor.fetch import ChecksumMismatch, DownloadFailed, Package, SetupError
-from supervisor.files import sha256_file
+from supervisor.setup import fetch, sources
+from supervisor.setup.fetch import ChecksumMismatch, DownloadFailed, Package, SetupError
+from supervisor.setup.files import sha256_file
 
 
 @pytest.fixture

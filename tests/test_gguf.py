@@ -13,8 +13,8 @@ from gguf_files import ARRAY, F32, Q4_0, STRING, TENSORS, Raw, encode, gguf, hea
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from supervisor import gguf as reader
-from supervisor.gguf import GGUFError, Header, read_header
+from supervisor.models import gguf as reader
+from supervisor.models.gguf import GGUFError, Header, read_header
 
 Read = Callable[[bytes], Header]
 GOOD = gguf(llama(), [*TENSORS, ("output.weight", (32, 3), Q4_0)])

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from supervisor.folder_scan import ModelFile, show
-from supervisor.gguf import Header
-from supervisor.model_files import Model, build_models, group_shards, name_groups, plain_name
+from supervisor.models.folder_scan import ModelFile, show
+from supervisor.models.gguf import Header
+from supervisor.models.model_files import Model, build_models, group_shards, name_groups, plain_name
 
 HEADER = Header(
     version=3,

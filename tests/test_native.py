@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 from tiny_native import MAIN, PATCH, Transcript, make_patches, make_tree
 
-from supervisor import compile_run, native, patching, sources, toolchain
-from supervisor.fetch import ChecksumMismatch, SetupError
-from supervisor.native import BuildOptions
+from supervisor.setup import compile_run, native, patching, sources, toolchain
+from supervisor.setup.fetch import ChecksumMismatch, SetupError
+from supervisor.setup.native import BuildOptions
 
 OURS = """\
 version: 0.6.0-dev (build 11434, commit b11434)

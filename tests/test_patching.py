@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_native import MAIN, NEW_FILE, PATCH, make_patches, make_tree
 
-from supervisor import native, patching
-from supervisor.fetch import SetupError
-from supervisor.patching import PatchSeries
+from supervisor.setup import native, patching
+from supervisor.setup.fetch import SetupError
+from supervisor.setup.patching import PatchSeries
 
 
 @pytest.fixture

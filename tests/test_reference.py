@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor import reference, settings
+from supervisor import config, reference, settings
 from supervisor.config import Config
 from supervisor.errors import ConfigError
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_schema_describes_the_default_file() -> None:
-    schema = settings.schema()
+    schema = config.schema()
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert set(schema["properties"]) == set(Config.model_fields)
     assert schema["additionalProperties"] is False

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from supervisor import reference, settings
+from supervisor import config, settings
 from supervisor.config import Config, ModelOverride
 from supervisor.errors import ConfigError
 
@@ -369,7 +369,7 @@ def test_secrets_are_not_shown() -> None:
 def test_show_lists_every_setting_once() -> None:
     found = settings.load(write({"server": {"port": 81}}), None, {})
     rows = settings.show(found)
-    names = {f"{section}.{key}" for section, model in reference.sections().items() for key in model.model_fields}
+    names = {f"{section}.{key}" for section, model in config.sections().items() for key in model.model_fields}
     assert [row.key for row in rows] == list(dict.fromkeys(row.key for row in rows))
     assert {row.key for row in rows} == names == set(found.sources)
     port = next(row for row in rows if row.key == "server.port")

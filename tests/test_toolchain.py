@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_native import Transcript
 
-from supervisor import toolchain
-from supervisor.fetch import SetupError
+from supervisor.setup import toolchain
+from supervisor.setup.fetch import SetupError
 
 RELEASES = {
     "debian": 'PRETTY_NAME="Debian GNU/Linux 12"\nID=debian\n',

@@ -396,7 +396,7 @@ def server_of(options: argparse.Namespace) -> Path:
     """Return the llama-server to use. Raises `BenchError` when there is none."""
     if options.server is None:
         sys.path.insert(0, str(REPOSITORY))
-        from supervisor import native
+        from supervisor.setup import native
 
         options.server = native.find_server()
     if options.server is None or not options.server.is_file():

@@ -1,4 +1,4 @@
-"""How fast is the header of a large model read? Compares supervisor.gguf with the `gguf` package, if installed.
+"""How fast is the header of a large model read? Compares supervisor.models.gguf with the `gguf` package, if installed.
 
 The file has a vocabulary of 150 000 tokens, as many merges, scores and token types, and 300 tensors. Times are
 CPU times, so that other work on the machine counts little.
@@ -16,7 +16,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-from supervisor.gguf import read_header
+from supervisor.models.gguf import read_header
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from gguf_files import F32, Raw, gguf, llama
@@ -38,7 +38,7 @@ def make_file(path: Path, tokens: int) -> None:
 
 
 def readers() -> dict[str, Read]:
-    found: dict[str, Read] = {"supervisor.gguf": read_header}
+    found: dict[str, Read] = {"supervisor.models.gguf": read_header}
     try:
         from gguf import GGUFReader
     except ImportError:

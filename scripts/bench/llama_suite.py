@@ -32,9 +32,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from supervisor import native, sources
-from supervisor.fetch import SetupError, pip_download
-from supervisor.files import cache_root
+from supervisor.setup import native, sources
+from supervisor.setup.fetch import SetupError, pip_download
+from supervisor.setup.files import cache_root
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from supervisor.catalog import Catalog
 from supervisor.fleet import Fleet
+from supervisor.models.catalog import Catalog
 from supervisor.settings import Settings
 
 CATALOG = web.AppKey("catalog", Catalog)

@@ -8,10 +8,10 @@ from typing import Any
 
 from aiohttp import web
 
-from supervisor.catalog import Model
 from supervisor.errors import BadRequest, ModelInvalid, ModelNotFound
 from supervisor.fleet import Fleet
-from supervisor.folder_scan import show
+from supervisor.models.catalog import Model
+from supervisor.models.folder_scan import show
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.wrap import guarded, json_object
 from supervisor.scheduler import Entry, State

@@ -17,12 +17,13 @@ from typing import Literal
 import psutil
 from rich.filesize import decimal
 
-from supervisor import native, runtime, toolchain
+from supervisor import runtime
 from supervisor.config import Config
-from supervisor.fetch import SetupError
-from supervisor.files import cache_root
-from supervisor.folder_scan import walk
-from supervisor.toolchain import Compiler
+from supervisor.models.folder_scan import walk
+from supervisor.setup import native, toolchain
+from supervisor.setup.fetch import SetupError
+from supervisor.setup.files import cache_root
+from supervisor.setup.toolchain import Compiler
 
 Status = Literal["ok", "warn", "fail"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
-from supervisor import gguf
+from supervisor.models import gguf
 
 _MMPROJ = re.compile(r"(?:^|[-._ ])mmproj", re.IGNORECASE)
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})

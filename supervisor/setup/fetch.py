@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 from rich.filesize import decimal
 
 from supervisor.errors import SupervisorError
-from supervisor.files import file_lock, sha256_file
-from supervisor.progress import Meter, say
+from supervisor.setup.files import file_lock, sha256_file
+from supervisor.setup.progress import Meter, say
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from supervisor import compile_run, sources, toolchain
-from supervisor.fetch import DownloadFailed, SetupError, disk_errors, need_space
-from supervisor.files import cache_root, file_lock, link_atomic, sha256_file, try_lock, write_atomic
-from supervisor.patching import PatchSeries, patch_series, patches_folder
-from supervisor.progress import say
-from supervisor.sources import Source
-from supervisor.toolchain import Compiler
+from supervisor.setup import compile_run, sources, toolchain
+from supervisor.setup.fetch import DownloadFailed, SetupError, disk_errors, need_space
+from supervisor.setup.files import cache_root, file_lock, link_atomic, sha256_file, try_lock, write_atomic
+from supervisor.setup.patching import PatchSeries, patch_series, patches_folder
+from supervisor.setup.progress import say
+from supervisor.setup.sources import Source
+from supervisor.setup.toolchain import Compiler
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from supervisor import gguf
-from supervisor.folder_scan import ModelFile, Stamp, show
+from supervisor.models import gguf
+from supervisor.models.folder_scan import ModelFile, Stamp, show
 
 AUTO = "auto"
 """The name that stands for the default model; no model and no alias can take it."""

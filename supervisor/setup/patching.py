@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import supervisor
-from supervisor.fetch import SetupError
+from supervisor.setup.fetch import SetupError
 
 FILES = "files"
 """Folder of whole files that are copied over the tree."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from supervisor.fetch import SetupError
-from supervisor.progress import Meter
+from supervisor.setup.fetch import SetupError
+from supervisor.setup.progress import Meter
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from supervisor.fetch import SetupError, pip_install
-from supervisor.progress import say
+from supervisor.setup.fetch import SetupError, pip_install
+from supervisor.setup.progress import say
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from supervisor.fetch import DownloadFailed, Package, SetupError, pip_download
-from supervisor.files import sha256_file
-from supervisor.progress import say
+from supervisor.setup.fetch import DownloadFailed, Package, SetupError, pip_download
+from supervisor.setup.files import sha256_file
+from supervisor.setup.progress import say
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from supervisor.config import ModelsSection
 from supervisor.errors import ModelInvalid, ModelNotFound
-from supervisor.folder_scan import ModelFile, Stamp, read, show, walk
-from supervisor.folder_watch import FolderWatch
-from supervisor.model_files import AUTO, Model, build_models
+from supervisor.models.folder_scan import ModelFile, Stamp, read, show, walk
+from supervisor.models.folder_watch import FolderWatch
+from supervisor.models.model_files import AUTO, Model, build_models
 
 __all__ = ["Catalog", "Change", "Model"]
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from supervisor.fetch import ChecksumMismatch, Package, SetupError, disk_errors, need_space, pip_download
-from supervisor.files import CHUNK, cache_root, file_lock, sha256_file, write_atomic
-from supervisor.progress import Meter, say
+from supervisor.setup.fetch import ChecksumMismatch, Package, SetupError, disk_errors, need_space, pip_download
+from supervisor.setup.files import CHUNK, cache_root, file_lock, sha256_file, write_atomic
+from supervisor.setup.progress import Meter, say
 
 if TYPE_CHECKING:
     from rich.console import Console

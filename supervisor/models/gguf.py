@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from supervisor.gguf_types import FILE_TYPES, TENSOR_TYPES
+from supervisor.models.gguf_types import FILE_TYPES, TENSOR_TYPES
 
 Scalar = int | float | bool | str
 Value = Scalar | tuple[Scalar, ...]

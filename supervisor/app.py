@@ -254,6 +254,8 @@ def announce(one: Supervisor) -> None:
     except SupervisorError as error:
         log.warning("%s", error.message)
         return
-    log.info("%d models in %s; the default is %s", len(one.catalog.models), one.config.models.directory, model)
+    count = len(one.catalog.models)
+    noun = "model" if count == 1 else "models"
+    log.info("%d %s in %s; the default is %s", count, noun, one.config.models.directory, model)
     body = '{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}'
     print(f"\nTry it:\n  curl -N {one.urls[0]}/v1/chat/completions -d '{body}'\n", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -227,6 +228,8 @@ async def serve(settings: Settings) -> int:
         async with supervisor(settings) as one:
             running.append(one)
             announce(one)
+            gc.collect()
+            gc.freeze()  # what is here stays: collections need not walk it while streams run
             await stop.wait()
     except RuntimeFolderError as error:
         log.error("%s", error)

@@ -413,8 +413,10 @@ def run(options: argparse.Namespace, root: Path) -> int:
     server = options.server or native.find_server()
     if server is None:
         raise SetupError("there is no llama-server: run `llama-supervisor build`, or name one with --server")
+    server = server.absolute()
+    native.server_version(server)
     models = options.models.absolute() if options.models else None
-    suite = prepare(root, options.source, server.absolute(), models, options.router)
+    suite = prepare(root, options.source, server, models, options.router)
     names = (name.removeprefix("test_").removesuffix(".py") for name in options.files)
     selection = [f"unit/test_{name}.py" for name in names] + (["-k", options.k] if options.k else [])
     runs: dict[str, Results] = {}
@@ -422,6 +424,8 @@ def run(options: argparse.Namespace, root: Path) -> int:
     for mode in MODES if options.only == "both" else [options.only]:
         console.rule(mode)
         runs[mode], seconds[mode] = suite.run(mode, selection)
+    if not any(result.outcome == "passed" for result in runs.get("direct", runs[mode]).values()):
+        raise SetupError("no test passes, so nothing can be said: see the server's log in the results of --keep")
     differences = compare(runs["direct"], runs["proxy"]) if len(runs) == 2 else []
     routed = router_tests(root)
     for one in differences:

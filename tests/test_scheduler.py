@@ -236,7 +236,9 @@ def test_unload_of_a_starting_model_refuses_its_waiters():
     assert refusals(decisions) == {1: NotLoaded}
     assert decisions[-1] == Stop("a", "unloaded")
     assert s.ready("a", 1.1) == []  # it came too late
-    assert s.stopped("a", 1.2) == []
+    assert s.request(2, "a", 1.15) == []  # nothing is granted on a child that is being stopped
+    assert s.entry("a").state is State.STOPPING
+    assert s.stopped("a", 1.2) == [Start("a")]
 
 
 def test_a_replaced_file_is_swapped_in_after_the_leases_end():

@@ -189,7 +189,7 @@ def log_folder(config: Config) -> Path | None:
 
 
 def run(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT and return the exit code: 0 after a clean stop, 1 when it could not start."""
+    """Run until SIGTERM, SIGINT or SIGHUP and return the exit code: 0 after a clean stop, 1 when it could not start."""
     logging.basicConfig(
         level=settings.config.logging.level.upper(),
         format="%(asctime)s %(levelname)-7s %(message)s",
@@ -222,8 +222,9 @@ async def serve(settings: Settings) -> int:
             for one in running:
                 one.fleet.hurry()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells set it for background jobs
+            loop.add_signal_handler(number, on_signal, number)
     try:
         async with supervisor(settings) as one:
             running.append(one)

@@ -222,9 +222,10 @@ async def serve(settings: Settings) -> int:
             for one in running:
                 one.fleet.hurry()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells set it for background jobs
-            loop.add_signal_handler(number, on_signal, number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        loop.add_signal_handler(signal.SIGHUP, on_signal, signal.SIGHUP)
     try:
         async with supervisor(settings) as one:
             running.append(one)

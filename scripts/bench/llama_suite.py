@@ -425,7 +425,7 @@ def run(options: argparse.Namespace, root: Path) -> int:
         console.rule(mode)
         runs[mode], seconds[mode] = suite.run(mode, selection)
     if not any(result.outcome == "passed" for result in runs.get("direct", runs[mode]).values()):
-        raise SetupError("no test passes, so nothing can be said: see the server's log in the results of --keep")
+        raise SetupError("no test passes, so nothing can be said; the logs are in the folder that --keep keeps")
     differences = compare(runs["direct"], runs["proxy"]) if len(runs) == 2 else []
     routed = router_tests(root)
     for one in differences:

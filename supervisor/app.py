@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ from supervisor.errors import ModelNotFound, SupervisorError
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
-from supervisor.routes import admin, models
+from supervisor.routes import admin, models, streams
 from supervisor.routes import native as native_routes
-from supervisor.routes.keys import CATALOG, FLEET, SETTINGS, URLS
-from supervisor.routes.wrap import Handler
+from supervisor.routes.keys import CATALOG, CONVERSATIONS, FLEET, SETTINGS, URLS
 from supervisor.runtime import Runtime, RuntimeFolderError
 from supervisor.settings import Settings
 from supervisor.setup import native
@@ -58,28 +58,34 @@ class MethodNotAllowed(SupervisorError):
     type = "invalid_request_error"
 
 
-@web.middleware
-async def routing_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer unknown paths and methods with an error envelope, as every other error."""
-    try:
-        return await handler(request)
-    except web.HTTPNotFound:
+async def unrouted(request: web.Request) -> web.StreamResponse:
+    """Answer unknown paths and methods with an error envelope, as every other error.
+
+    A route of its own, not a middleware, for that would be in every request's way.
+    """
+    allowed: set[str] = set()
+    for resource in request.app.router.resources():
+        if resource is not request.match_info.route.resource:
+            allowed |= (await resource.resolve(request))[1]
+    if not allowed:
         return error_response(request.path, NotFound("File Not Found"))
-    except web.HTTPMethodNotAllowed as error:
-        allowed = ", ".join(sorted(error.allowed_methods))
-        response = error_response(request.path, MethodNotAllowed(f"{request.path} takes {allowed}"))
-        response.headers["Allow"] = allowed
-        return response
+    names = ", ".join(sorted(allowed))
+    response = error_response(request.path, MethodNotAllowed(f"{request.path} takes {names}"))
+    response.headers["Allow"] = names
+    return response
 
 
 def make_app(settings: Settings, catalog: Catalog, fleet: Fleet) -> web.Application:
     """Return the front: all routes over `catalog` and `fleet`."""
     limit = int(settings.config.api.max_body_mb * 1024 * 1024)
-    app = web.Application(client_max_size=limit, middlewares=[routing_errors])
+    app = web.Application(client_max_size=limit)
     app[CATALOG], app[FLEET], app[SETTINGS] = catalog, fleet, settings
+    app[CONVERSATIONS] = OrderedDict()
     native_routes.add(app)
+    streams.add(app)
     models.add(app)
     admin.add(app)
+    app.router.add_route("*", "/{path:.*}", unrouted)
     return app
 
 

@@ -221,22 +221,22 @@ class Child:
         message = f"model {self.model!r}: {what}"
         return StartFailed(f"{message}; its last log lines:\n{tail}" if tail else message, param="model")
 
-    async def get(self, path: str) -> tuple[int, bytes]:
-        """GET `path` from the child: (status, body). Raises `OSError` or `UpstreamClosed`."""
+    async def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """Make a request to the child: (status, body). Raises `OSError` or `UpstreamClosed`."""
         connection = await self.pool.acquire()
         try:
-            await connection.send("GET", path, [("Host", "localhost")], b"")
+            await connection.send(method, path, [("Host", "localhost")], body)
             await connection.head()
-            body = b""
+            answer = b""
             while chunk := await connection.read():
-                body += chunk
-            return connection.status, body
+                answer += chunk
+            return connection.status, answer
         finally:
             self.pool.release(connection)
 
     async def _healthy(self) -> bool:
         try:
-            status, _ = await asyncio.wait_for(self.get("/health"), 1.0)
+            status, _ = await asyncio.wait_for(self.call("GET", "/health"), 1.0)
         except (OSError, UpstreamClosed, TimeoutError):
             return False
         return status == 200

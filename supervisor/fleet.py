@@ -305,7 +305,7 @@ class Fleet:
     async def _check_patches(self, child: Child) -> None:
         """Warn when a child is not built from our patch series."""
         try:
-            status, body = await child.get("/props")
+            status, body = await child.call("GET", "/props")
             if status != 200:
                 return  # it wants a key of its own
             child.patches = json.loads(body).get("patch_series", "none")

@@ -161,12 +161,18 @@ def error_response(path: str, error: SupervisorError) -> web.Response:
 
 def _forwardable(headers: Iterable[tuple[str, str]], drop: Iterable[str] = ()) -> Headers:
     """Return the end-to-end headers: without hop-by-hop ones and those that `Connection` names."""
-    pairs = list(headers)
-    dropped = HOP_BY_HOP.union(drop)
-    for name, value in pairs:
-        if name.lower() == "connection":
-            dropped = dropped.union(token.strip().lower() for token in value.split(","))
-    return [(name, value) for name, value in pairs if name.lower() not in dropped]
+    dropped = HOP_BY_HOP.union(drop) if drop else HOP_BY_HOP
+    kept = []
+    named: set[str] = set()
+    for pair in headers:
+        name = pair[0].lower()
+        if name not in dropped:
+            kept.append(pair)
+        elif name == "connection":
+            named.update(token.strip().lower() for token in pair[1].split(","))
+    if named <= HOP_BY_HOP or named == {"close"}:
+        return kept
+    return [pair for pair in kept if pair[0].lower() not in named]
 
 
 def _inflated(request: web.Request) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from aiohttp import web
 
 from supervisor.fleet import Fleet
@@ -11,4 +13,5 @@ from supervisor.settings import Settings
 CATALOG = web.AppKey("catalog", Catalog)
 FLEET = web.AppKey("fleet", Fleet)
 SETTINGS = web.AppKey("settings", Settings)
+CONVERSATIONS: web.AppKey[OrderedDict[str, str]] = web.AppKey("conversations", OrderedDict)
 URLS: web.AppKey[list[str]] = web.AppKey("urls", list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from email.parser import BytesHeaderParser
 from email.policy import HTTP
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from supervisor.errors import BadRequest
+from supervisor.errors import BadRequest, SupervisorError
 from supervisor.relay import relay
-from supervisor.routes.keys import CATALOG, FLEET
+from supervisor.routes.keys import CATALOG, CONVERSATIONS, FLEET
+from supervisor.routes.streams import remember
 from supervisor.routes.wrap import guarded
 
 POST_ROUTES = [
@@ -46,18 +48,17 @@ POST_ROUTES = [
     "/props",
     "/lora-adapters",
     "/slots/{id_slot}",
-    "/v1/streams/lookup",
     "/tools",
     "/cors-proxy",
 ]
 """POST routes of llama-server b11434, as `tools/server/server.cpp` registers them."""
 
-GET_ROUTES = ["/props", "/lora-adapters", "/slots", "/metrics", "/v1/stream", "/tools", "/cors-proxy"]
+GET_ROUTES = ["/props", "/lora-adapters", "/slots", "/metrics", "/tools", "/cors-proxy"]
 """GET routes of llama-server; those in `OBSERVING` never start a model."""
 
-OBSERVING = frozenset(["/slots", "/metrics", "/v1/stream", "/v1/streams/lookup"])
-DELETE_ROUTES = ["/v1/stream"]
+OBSERVING = frozenset(["/slots", "/metrics"])
 
+_LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 _FALSE = frozenset(["0", "false", "no", "off"])
 
 
@@ -118,8 +119,29 @@ async def pass_through(request: web.Request) -> web.StreamResponse:
     fleet = app[FLEET]
     model = app[CATALOG].resolve(model_of(request, body), fleet.running())
     start = request.path not in OBSERVING and request.query.get("autoload", "").lower() not in _FALSE
-    lease = await fleet.acquire(model.id, start=start and request.method != "OPTIONS")
+    if conversation := request.headers.get("X-Conversation-Id"):
+        remember(app[CONVERSATIONS], conversation, model.id)
+    lease = await fleet.acquire(model.id, start=start)
     return await relay(request, body, lease)
+
+
+@guarded
+async def preflight(request: web.Request) -> web.StreamResponse:
+    """OPTIONS: what the model's child allows to web pages; pages on this machine only, while it does not run."""
+    fleet = request.app[FLEET]
+    try:
+        model = request.app[CATALOG].resolve(request.query.get("model"), fleet.running())
+        lease = await fleet.acquire(model.id, start=False)
+    except SupervisorError:
+        origin = request.headers.get("Origin", "")
+        allowed = {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Credentials": "true",
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+            "Access-Control-Allow-Headers": "*",
+        }
+        return web.Response(headers=allowed if _LOCAL_PAGE.fullmatch(origin) else None)
+    return await relay(request, b"", lease)
 
 
 def add(app: web.Application) -> None:
@@ -128,7 +150,5 @@ def add(app: web.Application) -> None:
         app.router.add_post(path, pass_through)
     for path in GET_ROUTES:
         app.router.add_get(path, pass_through)
-    for path in DELETE_ROUTES:
-        app.router.add_delete(path, pass_through)
     for path in sorted({*POST_ROUTES, *GET_ROUTES}):
-        app.router.add_options(path, pass_through)
+        app.router.add_options(path, preflight)

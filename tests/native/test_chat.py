@@ -117,7 +117,11 @@ async def test_observing_does_not_load(start, smollm2):
     for path in ("/metrics", "/slots", "/props?autoload=false"):
         status, answer = await running.json("GET", path)
         assert (status, answer["error"]["code"]) == (503, "model_not_loaded"), path
-    for origin, allowed in (("http://localhost:3000", "http://localhost:3000"), ("http://evil.example", None)):
+    for origin, allowed in (
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://evil.example", None),
+        ("http://[", None),
+    ):
         async with running.http.options(running.url + "/v1/completions", headers={"Origin": origin}) as response:
             assert response.status == 200
             assert response.headers.get("Access-Control-Allow-Origin") == allowed

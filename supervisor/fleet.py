@@ -84,9 +84,12 @@ class Fleet:
         Raises the `SupervisorError` that says why there is none. Cancelling the wait gives the place up.
         """
         ticket = next(self._tickets)
+        decisions = self.scheduler.request(ticket, model, self._now(), start=start)
+        if decisions == [Grant(ticket, model)]:  # nearly always: no need to wait
+            return self._lease(ticket, model)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
-        self._apply(self.scheduler.request(ticket, model, self._now(), start=start))
+        self._apply(decisions)
         try:
             if not future.done():
                 await future
@@ -98,6 +101,9 @@ class Fleet:
             raise
         finally:
             self._waiting.pop(ticket, None)
+        return self._lease(ticket, model)
+
+    def _lease(self, ticket: int, model: str) -> Lease:
         child = self.children.get(model)
         if child is None:  # it died between the grant and now
             self.release(ticket, ok=False)
@@ -106,7 +112,9 @@ class Fleet:
 
     def release(self, ticket: int, *, ok: bool) -> None:
         """See `Lease.release`."""
-        self._apply(self.scheduler.release(ticket, self._now(), ok=ok))
+        decisions = self.scheduler.release(ticket, self._now(), ok=ok)
+        if decisions or not self.scheduler.is_calm():
+            self._apply(decisions)
 
     def running(self) -> list[str]:
         """Return the ids of the models that can answer now, the first loaded first."""

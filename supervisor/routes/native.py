@@ -117,8 +117,13 @@ async def pass_through(request: web.Request) -> web.StreamResponse:
     app = request.app
     body = await request.read() if request.body_exists else b""
     fleet = app[FLEET]
-    model = app[CATALOG].resolve(model_of(request, body), fleet.running())
-    start = request.path not in OBSERVING and request.query.get("autoload", "").lower() not in _FALSE
+    name = model_of(request, body)
+    model = app[CATALOG].models.get(name or "")
+    if model is None or model.error is not None:
+        model = app[CATALOG].resolve(name, fleet.running())
+    start = request.path not in OBSERVING
+    if request.query_string:
+        start = start and request.query.get("autoload", "").lower() not in _FALSE
     if conversation := request.headers.get("X-Conversation-Id"):
         remember(app[CONVERSATIONS], conversation, model.id)
     lease = await fleet.acquire(model.id, start=start)

@@ -243,6 +243,8 @@ def print_table(rounds: list[Round]) -> None:
                 continue
             ends = [one.client for one in these]
             how = ", ".join(f"{ends.count(end)} {end}" for end in sorted(set(ends) - {"none"}))
+            if phase == "startup" and number is signal.SIGTERM:
+                how = f"({sum(one.exit_code == -number for one in these)} died of it while importing)"
             failed, stubborn = sum(bool(one.failures) for one in these), sum(one.stubborn for one in these)
             seconds = [one.seconds for one in these]
             times = f"{statistics.median(seconds):>6.2f} s {max(seconds):>6.2f} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -21,6 +22,8 @@ from supervisor.setup import native
 from supervisor.setup.embedded import MODELS
 
 TEST_MODELS = "LLAMA_SUPERVISOR_TEST_MODELS"
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down ignored
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import platformdirs
 from aiohttp import web
 
 from supervisor.config import Config
-from supervisor.errors import ModelNotFound, SupervisorError
+from supervisor.errors import MethodNotAllowed, ModelNotFound, NotFound, SupervisorError
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
@@ -42,20 +42,6 @@ MAX_SETTLE = 2.0
 
 DOUBLE_SIGNAL = 0.5
 """Seconds within which a second signal counts as the first: `timeout` and shells send both to us and our group."""
-
-
-class NotFound(SupervisorError):
-    """No route has that path (404), in llama-server's words."""
-
-    status = 404
-    type = "not_found_error"
-
-
-class MethodNotAllowed(SupervisorError):
-    """The path is there, but not for that method (405)."""
-
-    status = 405
-    type = "invalid_request_error"
 
 
 async def unrouted(request: web.Request) -> web.StreamResponse:

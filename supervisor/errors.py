@@ -34,6 +34,20 @@ class BadRequest(SupervisorError):
     type = "invalid_request_error"
 
 
+class NotFound(SupervisorError):
+    """No route has that path (404), in llama-server's words."""
+
+    status = 404
+    type = "not_found_error"
+
+
+class MethodNotAllowed(SupervisorError):
+    """The path is there, but not for that method (405)."""
+
+    status = 405
+    type = "invalid_request_error"
+
+
 class BodyTooLarge(SupervisorError):
     """The request body is over `api.max_body_mb` (413)."""
 

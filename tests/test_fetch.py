@@ -173,7 +173,6 @@ class TestDownload:
         assert f"{sys.executable} -m ensurepip" in error.message
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
 def test_git_clone_leaves_the_tree_only(tree: Path, tmp_path: Path, out: Transcript) -> None:
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]

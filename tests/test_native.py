@@ -111,13 +111,6 @@ class TestVersion:
             native.server_version(script)
 
 
-needs_compiler = pytest.mark.skipif(
-    toolchain.find_compiler() is None or toolchain.find_build_tools(Path("/nonexistent")) is None,
-    reason="no compiler, cmake or ninja here",
-)
-
-
-@needs_compiler
 class TestBuild:
     """A project of one file, through all of `build`."""
 

@@ -65,7 +65,12 @@ class ModelsSection(Section):
     unknown_model: Literal["error", "default"] = Field(
         "error", description="A request for an unknown model is a 404 (`error`) or goes to the default model."
     )
-    max_loaded_models: int = Field(3, ge=1, le=1024, description="Most models that run at the same time.")
+    max_loaded_models: int = Field(
+        3,
+        ge=1,
+        le=1024,
+        description="Most models that run at the same time; on the CPU one more may still be exiting during a swap.",
+    )
     preload: list[str] = Field([], description="Models started with the supervisor.")
     idle_unload_seconds: Seconds = Field(
         0, description="Unload a model after so many seconds without a request; 0: never."

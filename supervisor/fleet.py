@@ -17,8 +17,8 @@ from supervisor.config import Config
 from supervisor.errors import ChildFailed, ModelNotFound, StartFailed, SupervisorError
 from supervisor.models.catalog import Catalog, Change, Model
 from supervisor.runtime import Runtime
-from supervisor.scheduler import Decision, Entry, Grant, Limits, Refuse, Scheduler, Start, State, Stop
-from supervisor.setup.native import ServerVersion
+from supervisor.scheduler import OCCUPYING, Decision, Entry, Grant, Limits, Refuse, Scheduler, Start, State, Stop
+from supervisor.setup import native
 from supervisor.upstream import UpstreamClosed
 
 log = logging.getLogger(__name__)
@@ -60,13 +60,13 @@ class Fleet:
         self.config = config
         self.catalog = catalog
         self.runtime = runtime
-        self.scheduler = Scheduler(limits(config))
+        self.scheduler = Scheduler(limits(config, binary()))
         self.children: dict[str, Child] = {}
         self.logs: dict[str, ChildLog] = {}
         self.binary = binary
         self._log_folder = log_folder
         self.patches = patches
-        self.binary_version: ServerVersion | None = None
+        self.binary_version: native.ServerVersion | None = None
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -285,6 +285,7 @@ class Fleet:
         binary = self.binary()
         if binary is None:
             raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
+        self.scheduler.limits = limits(self.config, binary)  # there may be a newer build by now
         socket = self.runtime.new_socket()
         command = plan.command(binary, model, self.config, socket)
         child = Child(model_id, command, socket, self.log_of(model_id))
@@ -306,8 +307,7 @@ class Fleet:
             del self.children[model]
 
     def _note_gone(self) -> None:
-        busy = (State.STARTING, State.READY, State.DRAINING, State.STOPPING)
-        if not any(entry.state in busy for entry in self.scheduler.entries.values()):
+        if not any(entry.state in OCCUPYING for entry in self.scheduler.entries.values()):
             self._gone.set()
 
     async def _check_patches(self, child: Child) -> None:
@@ -375,10 +375,11 @@ class Fleet:
         }
 
 
-def limits(config: Config) -> Limits:
-    """Return the scheduler's part of the configuration."""
+def limits(config: Config, binary: Path | None) -> Limits:
+    """Return the scheduler's part of the configuration, for children that run `binary`."""
     return Limits(
         max_loaded=config.models.max_loaded_models,
+        overlap=1 if binary is not None and native.is_cpu_build(binary) else 0,
         max_wait=config.inference.max_wait_seconds,
         queue_limit=config.inference.queue_limit,
         queue_timeout=config.inference.queue_timeout_seconds,

@@ -6,6 +6,7 @@ the event loop's thread. The rules:
 
 - A request for a ready model is granted at once. Otherwise it waits, and its model is started when there is room.
 - Room is made by stopping idle models, the least recently used first; pinned ones never.
+- A child that was told to stop gives its place up at once: `Limits.overlap` says how many may load while it exits.
 - When all are busy, the oldest waiter looks on for `max_wait` seconds; then the least recently used model takes
   no new requests, finishes its running ones and makes way. Running answers are never cut for this.
 - A model that fails to start backs off: 1 s, 2 s, 4 s ... 60 s; a crash after it was ready costs nothing the
@@ -36,7 +37,13 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-OCCUPYING = frozenset({State.STARTING, State.READY, State.DRAINING, State.STOPPING})
+STAYING = frozenset({State.STARTING, State.READY})
+"""States of a child that nobody asked to go."""
+
+COUNTED = STAYING | {State.DRAINING}
+"""States in which a child has one of the `max_loaded` places."""
+
+OCCUPYING = COUNTED | {State.STOPPING}
 """States in which a child holds memory."""
 
 
@@ -76,9 +83,15 @@ Decision = Start | Stop | Grant | Refuse
 
 @dataclass(frozen=True)
 class Limits:
-    """The settings that the scheduler goes by; all times in seconds."""
+    """The settings that the scheduler goes by; all times in seconds.
+
+    `overlap` is how many children more than `max_loaded` there may be while some, told to stop, still exit. It
+    saves a swap the time of an exit and costs both models' memory for that moment. It must be 0 where a start
+    needs the memory of the child before it at once: on a GPU, or under a budget in bytes.
+    """
 
     max_loaded: int = 3
+    overlap: int = 0
     max_wait: float = 5.0
     queue_limit: int = 256
     queue_timeout: float = 600.0
@@ -161,7 +174,7 @@ class Scheduler:
         if ok and entry.state is State.READY:
             entry.failures = 0
         if not entry.leases and entry.state is State.DRAINING:
-            return self._stop(entry, "drained")
+            return self._stop(entry, "drained") + self._schedule(now)
         return self._schedule(now) if self._anyone_waits() else []
 
     # Events from people and files
@@ -182,7 +195,8 @@ class Scheduler:
         refused = self._refuse_all(
             entry, NotLoaded(f"model {model!r} was unloaded while the request waited", param="model")
         )
-        return refused + self._retire(entry, now, "unloaded", force=force, bound=self.limits.drain)
+        retired = self._retire(entry, now, "unloaded", force=force, bound=self.limits.drain)
+        return refused + retired + self._schedule(now)
 
     def restart(self, model: str, now: float) -> list[Decision]:
         """The model's file or settings changed: running requests finish, later ones get a new child."""
@@ -196,7 +210,7 @@ class Scheduler:
         """The model's file is gone: waiters get `error`, running requests finish."""
         entry = self.entry(model)
         entry.wanted = False
-        return self._refuse_all(entry, error) + self._retire(entry, now, "removed")
+        return self._refuse_all(entry, error) + self._retire(entry, now, "removed") + self._schedule(now)
 
     def shutdown(self, now: float) -> list[Decision]:
         """No new work; running requests may finish within the drain time."""
@@ -283,7 +297,7 @@ class Scheduler:
                 due = min(due, entry.drain_until)
             due = min(due, self._idle_until(entry))
         busy = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
-        for entry in sorted(hopeful, key=Entry.oldest)[self._leaving() :]:
+        for entry in sorted(hopeful, key=Entry.oldest)[self._places() :]:
             due = min(due, min((self._patience_ends(entry, e) for e in busy), default=inf))
         return None if due == inf else max(now, due)
 
@@ -315,22 +329,14 @@ class Scheduler:
         """Start what is wanted, oldest waiter first, making room where the rules allow it."""
         if self.closing:
             return []
+        due = sorted((e for e in self.entries.values() if self._wants_start(e, now)), key=Entry.oldest)
         decisions: list[Decision] = []
-        due = [entry for entry in self.entries.values() if self._wants_start(entry, now)]
-        if not due:
-            return decisions
-        occupied = sum(entry.state in OCCUPYING for entry in self.entries.values())
-        leaving = self._leaving()
-        free = self.limits.max_loaded - occupied
-        for entry in sorted(due, key=Entry.oldest):
-            if free > 0:
-                free -= 1
-                entry.state = State.STARTING
-                decisions.append(Start(entry.model))
-            elif leaving > 0:
-                leaving -= 1  # room is on its way
-            else:
-                decisions += self._make_room(entry, now)
+        for entry in due[self._places() :]:
+            decisions += self._make_room(entry, now)
+        due = [entry for entry in due if self._wants_start(entry, now)]  # some may have been refused
+        for entry in due[: self._free()]:
+            entry.state = State.STARTING
+            decisions.append(Start(entry.model))
         return decisions
 
     def _make_room(self, entry: Entry, now: float) -> list[Decision]:
@@ -339,7 +345,7 @@ class Scheduler:
         idle = [e for e in candidates if not e.leases]
         if idle:
             return self._stop(min(idle, key=lambda e: e.last_used), f"making room for {entry.model}")
-        if not candidates and all(e.pinned for e in self.entries.values() if e.state in OCCUPYING):
+        if sum(e.pinned for e in self.entries.values() if e.state in STAYING) >= self.limits.max_loaded:
             entry.wanted = False
             message = f"model {entry.model!r} cannot be loaded: all {self.limits.max_loaded} running are pinned"
             return self._refuse_all(entry, NotLoaded(message, param="model"))
@@ -379,8 +385,18 @@ class Scheduler:
             return inf
         return max(waiting.oldest(), busy.ready_at) + self.limits.max_wait
 
-    def _leaving(self) -> int:
-        return sum(e.state in (State.DRAINING, State.STOPPING) for e in self.entries.values())
+    def _places(self) -> int:
+        """Return how many models can start without anything more having to go, some of them only later."""
+        return max(0, self.limits.max_loaded - self._count(STAYING))
+
+    def _free(self) -> int:
+        """Return how many models can start now."""
+        places = self.limits.max_loaded - self._count(COUNTED)
+        memory = self.limits.max_loaded + self.limits.overlap - self._count(OCCUPYING)
+        return max(0, min(places, memory))
+
+    def _count(self, states: frozenset[State]) -> int:
+        return sum(entry.state in states for entry in self.entries.values())
 
     def _idle_until(self, entry: Entry) -> float:
         if entry.state is not State.READY or entry.leases or entry.pinned or entry.idle_unload <= 0:

@@ -133,6 +133,7 @@ class TestBuild:
         version = native.server_version(result.server)
         assert version == native.ServerVersion(sources.BUILD_NUMBER, "local", patching.patch_series(patches))
         assert native.find_facts(result.server) == result.facts
+        assert native.is_cpu_build(result.server)
         names = {path.name for path in result.server.parent.iterdir()}
         assert names == {"llama-server", "build.json", "LICENSE"}
         assert (tree / "main.cpp").read_text() == MAIN

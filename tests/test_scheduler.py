@@ -7,10 +7,22 @@ from collections import Counter
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from supervisor.errors import ModelNotFound, NotLoaded, QueueFull, ShuttingDown, StartFailed, WaitTimeout
-from supervisor.scheduler import OCCUPYING, Decision, Grant, Limits, Refuse, Scheduler, Start, State, Stop
+from supervisor.scheduler import (
+    COUNTED,
+    OCCUPYING,
+    STAYING,
+    Decision,
+    Grant,
+    Limits,
+    Refuse,
+    Scheduler,
+    Start,
+    State,
+    Stop,
+)
 
 BOOM = StartFailed("boom")
 
@@ -49,6 +61,73 @@ def test_an_idle_model_makes_room_at_once():
     assert s.request(1, "b", 1) == [Stop("a", "making room for b")]
     assert s.stopped("a", 1.1) == [Start("b")]
     assert s.ready("b", 1.5) == [Grant(1, "b")]
+
+
+def test_with_overlap_the_next_model_starts_while_the_one_before_exits():
+    s = scheduler(overlap=1)
+    ready(s, "a")
+    assert s.request(1, "b", 1) == [Stop("a", "making room for b"), Start("b")]
+    assert s.stopped("a", 1.1) == []
+    assert s.ready("b", 1.5) == [Grant(1, "b")]
+
+
+def test_overlap_is_bounded_when_children_do_not_exit():
+    s = scheduler(overlap=1)
+    ready(s, "a")
+    s.request(1, "b", 1)
+    s.ready("b", 2)
+    s.release(1, 3)
+    assert s.request(2, "c", 4) == [Stop("b", "making room for c")]  # a and b still exit
+    assert s.request(3, "a", 5) == []
+    assert s.stopped("b", 6) == [Start("c")]
+    assert s.stopped("a", 7) == []  # it waits for c to become idle
+    s.ready("c", 8)
+    assert s.release(2, 9) == [Stop("c", "making room for a"), Start("a")]
+
+
+def test_with_overlap_a_model_whose_child_still_exits_waits_for_it():
+    s = scheduler(max_loaded=2, overlap=1)
+    ready(s, "a")
+    s.unload("a", 1)
+    assert s.request(1, "a", 2) == []
+    assert s.stopped("a", 3) == [Start("a")]
+
+
+def test_with_overlap_a_busy_model_is_still_drained_first():
+    s = scheduler(overlap=1)
+    ready(s, "a")
+    s.request(1, "a", 10)
+    s.request(2, "b", 11)
+    assert s.tick(16) == []
+    assert s.entry("a").state is State.DRAINING
+    assert s.release(1, 17) == [Stop("a", "drained"), Start("b")]
+
+
+def test_with_overlap_a_forced_unload_lets_the_next_model_in():
+    s = scheduler(overlap=1)
+    ready(s, "a")
+    s.request(1, "a", 1)
+    s.request(2, "b", 2)
+    assert s.unload("a", 3, force=True) == [Stop("a", "unloaded"), Start("b")]
+
+
+def test_with_overlap_a_removed_model_lets_the_next_one_in():
+    s = scheduler(overlap=1)
+    s.load("a", 0)
+    s.request(1, "b", 1)
+    assert s.remove("a", 2, ModelNotFound("a", [], 0)) == [Stop("a", "removed"), Start("b")]
+
+
+def test_the_oldest_waiter_takes_the_place_that_another_one_made():
+    s = scheduler(max_loaded=2, overlap=1)
+    ready(s, "a")
+    ready(s, "b", 1)
+    s.request(1, "a", 2)
+    s.request(2, "b", 2)
+    s.unload("a", 3)  # it drains
+    assert s.request(3, "c", 4) == []
+    assert s.release(2, 5) == []
+    assert s.request(4, "d", 6) == [Stop("b", "making room for d"), Start("c")]
 
 
 def test_the_least_recently_used_idle_model_goes():
@@ -120,6 +199,15 @@ def test_a_request_that_can_never_be_served_is_refused_at_once():
     s.entry("a").pinned = True
     assert refusals(s.request(1, "b", 1)) == {1: NotLoaded}
     assert not list(s.tickets())
+
+
+def test_a_leaving_model_does_not_hide_that_all_others_are_pinned():
+    s = scheduler(max_loaded=1, overlap=1)
+    ready(s, "a")
+    s.request(1, "b", 1)
+    s.entry("b").pinned = True
+    s.ready("b", 2)
+    assert refusals(s.request(2, "c", 3)) == {2: NotLoaded}
 
 
 def test_one_stop_makes_room_for_one_start():
@@ -309,7 +397,8 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.s = Scheduler(Limits(max_loaded=2, max_wait=5, queue_limit=8, queue_timeout=50, drain=20))
+        self.s = Scheduler(Limits())
+        self.pinned: set[str] = set()
         self.now = 0.0
         self.next_ticket = 1
         self.waiting: dict[int, str] = {}
@@ -317,12 +406,18 @@ class Machine(RuleBasedStateMachine):
         self.children: Counter[str] = Counter()
         self.stopping: set[str] = set()
 
+    @initialize(overlap=st.integers(0, 2), pinned=st.sets(models))
+    def set_up(self, overlap: int, pinned: set[str]) -> None:
+        self.s = Scheduler(Limits(max_loaded=2, overlap=overlap, max_wait=5, queue_limit=8, queue_timeout=50, drain=20))
+        self.pinned = pinned
+
     def carry_out(self, decisions: list[Decision]) -> None:
         for decision in decisions:
             match decision:
                 case Start(model):
                     assert self.children[model] == 0, "one child for each model"
                     self.children[model] += 1
+                    self.s.entry(model).pinned = model in self.pinned
                 case Stop(model):
                     assert self.children[model] == 1, "only what runs is stopped"
                     assert model not in self.stopping
@@ -400,8 +495,21 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def budget_holds(self) -> None:
         occupied = [e for e in self.s.entries.values() if e.state in OCCUPYING]
-        assert len(occupied) <= 2
+        assert sum(e.state in COUNTED for e in occupied) <= self.s.limits.max_loaded
+        assert len(occupied) <= self.s.limits.max_loaded + self.s.limits.overlap
         assert {e.model for e in occupied} == {m for m, n in self.children.items() if n}
+
+    @invariant()
+    def no_room_is_wasted(self) -> None:
+        entries, limits = self.s.entries.values(), self.s.limits
+        wanting = sum(e.state is State.ABSENT and (bool(e.waiters) or e.wanted) for e in entries)
+        if not wanting:
+            return
+        full = sum(e.state in OCCUPYING for e in entries) == limits.max_loaded + limits.overlap
+        assert full or sum(e.state in COUNTED for e in entries) == limits.max_loaded, "who could start does not wait"
+        idle = any(e.state is State.READY and not e.leases and not e.pinned for e in entries)
+        staying = sum(e.state in STAYING for e in entries)
+        assert not idle or wanting <= limits.max_loaded - staying, "an idle model makes room"
 
     @invariant()
     def calm_means_that_nothing_is_due(self) -> None:

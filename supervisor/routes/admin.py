@@ -11,7 +11,7 @@ from supervisor import __version__
 from supervisor.errors import BadRequest, ModelNotFound
 from supervisor.routes.keys import CATALOG, FLEET, SETTINGS, URLS
 from supervisor.routes.wrap import guarded
-from supervisor.scheduler import OCCUPYING, State
+from supervisor.scheduler import COUNTED, State
 
 _STARTED = time.monotonic()
 DEFAULT_LOG_LINES = 200
@@ -56,7 +56,7 @@ async def status(request: web.Request) -> web.StreamResponse:
             },
             "models_directory": str(settings.config.models.directory),
             "problems": list(catalog.problems),
-            "loaded": sum(entry.state in OCCUPYING for entry in entries),
+            "loaded": sum(entry.state in COUNTED for entry in entries),
             "max_loaded": fleet.scheduler.limits.max_loaded,
             "models": [fleet.status_of(entry) for entry in entries if entry.state is not State.ABSENT],
         }

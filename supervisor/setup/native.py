@@ -41,6 +41,7 @@ __all__ = [
     "build_needed",
     "find_facts",
     "find_server",
+    "is_cpu_build",
     "native_folder",
     "parse_version",
     "patch_series",
@@ -184,6 +185,12 @@ def find_server(cache: Path | None = None, patches: Path | None = None) -> Path 
 def find_facts(server: Path) -> BuildFacts | None:
     """Return what `build.json` says about a server that we built; None for any other one."""
     return _finished(server.parent)
+
+
+def is_cpu_build(server: Path) -> bool:
+    """Return whether `server` surely uses no GPU; of a server that is not our build, nothing is sure."""
+    facts = find_facts(server)
+    return facts is not None and facts.backend == "cpu"
 
 
 def build_needed(options: BuildOptions) -> bool:

@@ -11,6 +11,8 @@ import signal
 import psutil
 import pytest
 
+from supervisor.setup import native
+
 STORY = {"messages": [{"role": "user", "content": "Tell a long story."}], "stream": True, "ignore_eos": True}
 
 
@@ -41,6 +43,19 @@ async def until(condition, seconds: float = 30) -> None:
             await asyncio.sleep(0.02)
 
 
+async def until_gone(running, model: str) -> None:
+    async def gone():
+        return await running.state(model) == "absent"
+
+    await until(gone)
+
+
+def iter_now(queue: asyncio.Queue):
+    """Yield what is in `queue` already."""
+    while not queue.empty():
+        yield queue.get_nowait()
+
+
 def child_pid(running, model: str) -> int:
     return running.supervisor.fleet.children[model].pid
 
@@ -56,7 +71,26 @@ async def test_an_idle_model_is_swapped_out_and_back(start, smollm2, gemma3):
     for model, other in (("a", "b"), ("b", "a"), ("a", "b")):
         status, answer = await running.chat(model)
         assert (status, answer["model"]) == (200, model)
-        assert await running.state(other) == "absent"
+        await until_gone(running, other)  # it may still exit while the next one answers
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_the_next_model_loads_while_the_one_before_exits_unless_they_may_share_a_gpu(
+    start, smollm2, native_server, short_tmp, known
+):
+    server = native_server
+    if not known:
+        server = short_tmp / "stock"
+        server.symlink_to(native_server)
+    models = {"max_loaded_models": 1}
+    running = await start({"a": smollm2, "b": smollm2}, models=models, server={"llama_server": server})
+    await running.chat("a", max_tokens=1)
+    events = running.supervisor.fleet.listen()
+    await running.chat("b", max_tokens=1)
+    await until_gone(running, "a")
+    told = [(e["model"], e["data"]["status"]) for e in iter_now(events) if "progress" not in e["data"]]
+    gone, loading = told.index(("a", "unloaded")), told.index(("b", "loading"))
+    assert (loading < gone) == native.is_cpu_build(server)
 
 
 async def test_a_running_answer_finishes_before_the_swap(start, smollm2, gemma3):
@@ -101,11 +135,7 @@ async def test_unload_lets_running_answers_finish(start, smollm2):
     status, _ = await running.json("POST", "/models/unload", {"model": "a"})
     assert status == 200
     assert (await answer)[-1] == b"[DONE]"
-
-    async def gone():
-        return await running.state("a") == "absent"
-
-    await until(gone)
+    await until_gone(running, "a")
 
 
 async def test_forced_unload_ends_streams_with_an_error_event(start, smollm2):
@@ -241,11 +271,7 @@ async def test_new_requests_are_refused_while_draining(start, smollm2):
 async def test_idle_models_are_unloaded(start, smollm2):
     running = await start({"a": smollm2}, models={"idle_unload_seconds": 0.2})
     await running.chat("a", max_tokens=1)
-
-    async def gone():
-        return await running.state("a") == "absent"
-
-    await until(gone)
+    await until_gone(running, "a")
 
 
 async def test_logs_of_a_model(start, smollm2):

@@ -130,6 +130,17 @@ def test_the_oldest_waiter_takes_the_place_that_another_one_made():
     assert s.request(4, "d", 6) == [Stop("b", "making room for d"), Start("c")]
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_place_that_is_on_its_way_costs_no_idle_model(overlap: int):
+    s = scheduler(max_loaded=2, overlap=overlap)
+    ready(s, "a")
+    ready(s, "b", 1)
+    s.request(1, "a", 2)
+    s.unload("a", 3)  # it drains
+    assert s.request(2, "c", 4) == []
+    assert s.entry("b").state is State.READY
+
+
 def test_the_least_recently_used_idle_model_goes():
     s = scheduler(max_loaded=2)
     ready(s, "a")

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import psutil
 
-from supervisor.config import Config, ModelOverride
+from supervisor.config import Config, ModelOverride, PerformanceSection
 from supervisor.models.catalog import Model
 from supervisor.models.gguf import Header
+from supervisor.setup import native
 
 KV_SHARE = 0.25
 """Share of the machine's memory that one model's KV cache may take when no context is configured."""
 
 MIN_CONTEXT = 2048
 """Context in tokens below which the automatic choice does not go, unless the model's own is smaller."""
+
+FIT_MARGIN = 2 << 30
+"""Bytes of the machine's memory that must be left beside weights and KV cache for `--fit` to have nothing to do."""
 
 
 def kv_bytes_per_token(header: Header) -> int:
@@ -34,6 +38,23 @@ def choose_context(header: Header, memory: int) -> int:
     while context > MIN_CONTEXT and context * per_token > memory * KV_SHARE:
         context = max(MIN_CONTEXT, context // 2)
     return context
+
+
+def needs_no_fit(model: Model, override: ModelOverride, performance: PerformanceSection, memory: int) -> bool:
+    """Return whether llama-server's `--fit` would change nothing on a machine without a GPU and `memory` bytes.
+
+    There it only cuts a context that nobody set (and makes one for several slots), and to find out it loads the
+    vocabulary a second time: a third of the start of a small model, nearly half with 260,000 tokens.
+    """
+    header = model.header
+    if override.context_size or performance.context_size:
+        return True
+    if performance.parallel is not None or {"-np", "--parallel"} & set(override.args):
+        return False
+    if header is None or not header.context_length or not (per_token := kv_bytes_per_token(header)):
+        return False
+    context = choose_context(header, memory)
+    return context != header.context_length or model.size + context * per_token + FIT_MARGIN <= memory
 
 
 def command(
@@ -67,6 +88,8 @@ def command(
         args += ["--parallel", str(performance.parallel)]
     if config.monitoring.child_metrics:
         args.append("--metrics")
+    if native.is_cpu_build(binary) and needs_no_fit(model, override, performance, total_memory()):
+        args += ["--fit", "off"]
     return args + override.args
 
 

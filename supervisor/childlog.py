@@ -59,13 +59,15 @@ class ChildLog:
         """Return the last `count` lines."""
         return list(self.lines)[-count:] if count > 0 else []
 
-    async def follow(self) -> AsyncIterator[str]:
-        """Yield lines as they come, until `close`."""
+    async def follow(self, count: int = 0) -> AsyncIterator[str]:
+        """Yield the last `count` lines and then those that come, none lost between, until `close`."""
         queue: asyncio.Queue[str | None] = asyncio.Queue(FOLLOW_QUEUE)
         self._followers.add(queue)
         try:
-            while (line := await queue.get()) is not None:
+            for line in self.tail(count):
                 yield line
+            while (new := await queue.get()) is not None:
+                yield new
         finally:
             self._followers.discard(queue)
 

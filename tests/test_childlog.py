@@ -71,3 +71,16 @@ async def test_followers_get_lines_until_the_end():
     log.close()
     await asyncio.wait_for(reader, 5)
     assert seen == ["one", "two"]
+
+
+async def test_followers_lose_no_line_between_the_tail_and_what_comes():
+    log = ChildLog(None, 1)
+    log.write(b"zero\none\ntwo\n")
+    seen = []
+    async for line in log.follow(2):
+        seen.append(line)
+        if line == "one":
+            log.write(b"three\n")  # while the tail is being sent
+        if line == "three":
+            log.close()
+    assert seen == ["one", "two", "three"]

@@ -76,13 +76,11 @@ async def logs(request: web.Request) -> web.StreamResponse:
     if not wanted.isdecimal() or len(wanted) > 9:
         raise BadRequest("'lines' must be a number from 0 to 999999999", param="lines")
     log = fleet.log_of(model_id)
-    text = "".join(line + "\n" for line in log.tail(int(wanted)))
     if request.query.get("follow", "0").lower() in ("0", "false", "no", ""):
-        return web.Response(text=text)
+        return web.Response(text="".join(line + "\n" for line in log.tail(int(wanted))))
     response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
     await response.prepare(request)
-    await response.write(text.encode())
-    async for line in log.follow():
+    async for line in log.follow(int(wanted)):
         await response.write(line.encode() + b"\n")
     return response
 

@@ -282,6 +282,19 @@ async def test_logs_of_a_model(start, smollm2):
     assert "model loaded" in (running.models.parent / "logs" / "a.log").read_text()
 
 
+async def test_logs_are_followed_from_the_first_line_on(start, smollm2):
+    running = await start({"a": smollm2})
+    async with asyncio.timeout(60):
+        async with running.http.get(running.url + "/api/v1/models/a/logs?follow=1") as response:
+            await running.chat("a", max_tokens=1)
+            lines = []
+            async for line in response.content:
+                lines.append(line.decode().rstrip("\n"))
+                if "model loaded" in lines[-1]:
+                    break
+    assert lines == running.supervisor.fleet.log_of("a").tail(1000)[: len(lines)]
+
+
 async def test_a_child_that_does_not_speak_the_protocol_is_polled(start, smollm2, native_server, short_tmp):
     wrapper = short_tmp / "stock"
     wrapper.write_text(f'#!/bin/sh\nunset LLAMA_SERVER_ROUTER_PORT\nexec "{native_server}" "$@"\n')

@@ -5,38 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterable
 
-from aiohttp import HttpVersion11, web
-from multidict import CIMultiDict
+from aiohttp import web
 
+from supervisor.answer import Answer, forwardable
 from supervisor.errors import ChildFailed, SupervisorError
 from supervisor.fleet import Lease
 from supervisor.upstream import Connection, UpstreamClosed
 
 log = logging.getLogger(__name__)
 
-HOP_BY_HOP = frozenset(
-    (
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "content-length",
-        "expect",
-    )
-)
-"""Headers that belong to one connection (RFC 9110, 7.6.1), and those that each side sets anew."""
-
 DEATH_NOTICE = 0.5
 """Seconds to wait for the exit code of a child that cut its connection."""
-
-Headers = list[tuple[str, str]]
 
 
 async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamResponse:
@@ -55,10 +35,11 @@ async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamRe
     except _Broken as broken:
         ok = False
         error = ChildFailed(await _last_words(lease, broken.reason))
-        if broken.response is None:
+        if broken.answer is None:
             raise error from broken
-        await _end_with_error(request, broken.response, error)
-        return broken.response
+        log.error("stream of %s ends: %s", request.path, error.message)
+        broken.answer.break_off(error_event(request.path, error))
+        return broken.answer
     finally:
         if connection is not None:
             lease.child.pool.release(connection)
@@ -66,16 +47,16 @@ async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamRe
 
 
 class _Broken(Exception):
-    """The child failed: before the answer began, or in the middle of `response`."""
+    """The child failed: before the answer began, or in the middle of `answer`."""
 
-    def __init__(self, reason: Exception, response: web.StreamResponse | None = None) -> None:
+    def __init__(self, reason: Exception, answer: Answer | None = None) -> None:
         self.reason = reason
-        self.response = response
+        self.answer = answer
 
 
 async def _ask(request: web.Request, body: bytes, lease: Lease) -> Connection:
     """Send the request and wait for the head of the answer. Raises `_Broken`."""
-    headers = _forwardable(request.headers.items(), {"content-encoding"} if _inflated(request) else ())
+    headers = forwardable(request.headers.items(), {"content-encoding"} if _inflated(request) else ())
     while True:
         try:
             connection = await lease.child.pool.acquire()
@@ -95,40 +76,16 @@ async def _ask(request: web.Request, body: bytes, lease: Lease) -> Connection:
             raise
 
 
-async def _answer(request: web.Request, connection: Connection) -> web.StreamResponse:
+async def _answer(request: web.Request, connection: Connection) -> Answer:
     """Send the child's answer to the client as it comes. Raises `_Broken`."""
-    headers = CIMultiDict(_forwardable(connection.headers))
-    head_only = request.method == "HEAD"
-    whole = connection.take_all()
-    if whole is not None and not head_only:
-        return web.Response(status=connection.status, reason=connection.reason, headers=headers, body=whole)
-    response = web.StreamResponse(status=connection.status, reason=connection.reason, headers=headers)
-    length = _content_length(connection)
-    if length is not None:
-        response.content_length = length
-    elif not head_only and request.version >= HttpVersion11:
-        response.enable_chunked_encoding()
-    await response.prepare(request)
-    while True:
-        try:
-            chunk = await connection.read()
-        except UpstreamClosed as error:
-            raise _Broken(error, response) from error
-        if not chunk:
-            break
-        await response.write(chunk)
-    await response.write_eof()
-    return response
-
-
-async def _end_with_error(request: web.Request, response: web.StreamResponse, error: SupervisorError) -> None:
-    """End an answer that has begun: with an error event if it is an event stream, else by cutting it."""
-    log.error("stream of %s ends: %s", request.path, error.message)
-    if response.content_type == "text/event-stream":
-        await response.write(error_event(request.path, error))
-        await response.write_eof()
-    elif request.transport is not None:
-        request.transport.abort()
+    answer = Answer(request, connection)
+    try:
+        while not await connection.pour(answer.send):
+            await answer.drain()
+        await answer.drain()
+    except UpstreamClosed as error:
+        raise _Broken(error, answer if answer.begun else None) from error
+    return answer
 
 
 def is_anthropic(path: str) -> bool:
@@ -159,32 +116,9 @@ def error_response(path: str, error: SupervisorError) -> web.Response:
     return web.json_response(error_body(path, error), status=error.status, headers=headers)
 
 
-def _forwardable(headers: Iterable[tuple[str, str]], drop: Iterable[str] = ()) -> Headers:
-    """Return the end-to-end headers: without hop-by-hop ones and those that `Connection` names."""
-    dropped = HOP_BY_HOP.union(drop) if drop else HOP_BY_HOP
-    kept = []
-    named: set[str] = set()
-    for pair in headers:
-        name = pair[0].lower()
-        if name not in dropped:
-            kept.append(pair)
-        elif name == "connection":
-            named.update(token.strip().lower() for token in pair[1].split(","))
-    if named <= HOP_BY_HOP or named == {"close"}:
-        return kept
-    return [pair for pair in kept if pair[0].lower() not in named]
-
-
 def _inflated(request: web.Request) -> bool:
     """Whether aiohttp has decompressed the body already."""
     return request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd")
-
-
-def _content_length(connection: Connection) -> int | None:
-    for name, value in connection.headers:
-        if name.lower() == "content-length" and value.isdigit():
-            return int(value)
-    return None
 
 
 async def _last_words(lease: Lease, error: Exception) -> str:

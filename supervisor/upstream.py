@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 
 import httptools
@@ -28,6 +28,10 @@ CONNECT_SECONDS = 10.0
 """How long to try when the child's queue of new connections is full."""
 
 
+Write = Callable[[bytes, bool], bool]
+"""Takes a piece of a body and whether it is the last; says whether more may follow at once."""
+
+
 class UpstreamClosed(Exception):
     """The child closed the connection, or sent something that is not HTTP, before the answer was complete."""
 
@@ -35,7 +39,7 @@ class UpstreamClosed(Exception):
 class Connection:
     """One connection to a child; carries one exchange at a time.
 
-    Use: `send`, then `head`, then `read` until it returns b"".
+    Use: `send`, then `head`, then `read` until it returns b"", or `pour` until it returns True.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -56,6 +60,8 @@ class Connection:
         self._keep_alive = False
         self._bodiless = False
         self._error: str | None = None
+        self._write: Write | None = None
+        self._full = self._handed_all = False
         self._waiter: asyncio.Future[None] | None = None
         self._loop.add_reader(connected, self._readable)
 
@@ -94,22 +100,31 @@ class Connection:
             if self._error is not None:
                 raise UpstreamClosed(self._error)
             await self._wait()
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        self._buffered = 0
-        if self._paused and not self.closed:
-            self._paused = False
-            self._loop.add_reader(self._socket, self._readable)
-        return data
+        return self._take()
 
-    def take_all(self) -> bytes | None:
-        """Return the whole body if it is here already, else None."""
-        if not self._complete:
-            return None
-        data = b"".join(self._chunks)
-        self._chunks.clear()
-        self._buffered = 0
-        return data
+    async def pour(self, write: Write) -> bool:
+        """Hand the body to `write` as it comes, the first piece (which may be empty) now. True at the end of it.
+
+        False when `write` did not want more just now: call again later. The pieces go to `write` straight from the
+        event loop's reader, for waking a task for each token would cost more than all the rest.
+        """
+        if self._error is not None and not self._chunks:
+            raise UpstreamClosed(self._error)
+        self._write = write
+        try:
+            self._hand_on(write)
+            while not self._handed_all:
+                if self._full:
+                    return False
+                if self._complete or self._chunks:
+                    self._hand_on(write)
+                elif self._error is not None:
+                    raise UpstreamClosed(self._error)
+                else:
+                    await self._wait()
+        finally:
+            self._write = None
+        return True
 
     @property
     def reusable(self) -> bool:
@@ -153,6 +168,11 @@ class Connection:
         except httptools.HttpParserError as error:
             self._fail(f"llama-server sent a malformed answer: {error}")
             return
+        if self._write is not None and not self._full:
+            if self._chunks or self._complete:
+                self._hand_on(self._write)
+            if not self._complete and not self._full:
+                return
         if self._buffered > HIGH_WATER and not self._paused and not self._complete:
             self._paused = True
             self._loop.remove_reader(self._socket)
@@ -176,7 +196,7 @@ class Connection:
         self.headers.append((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")))
 
     def on_status(self, status: bytes) -> None:
-        self.reason += status.decode("latin-1")
+        self.reason += status.decode("utf-8", "surrogateescape")
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
@@ -199,6 +219,20 @@ class Connection:
             self._complete = True
 
     # Inside
+
+    def _hand_on(self, write: Write) -> None:
+        self._handed_all = self._complete
+        self._full = not write(self._take(), self._complete)
+
+    def _take(self) -> bytes:
+        """Return the bytes of the body that have come, and read on if there were too many of them."""
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        if self._paused and not self.closed:
+            self._paused = False
+            self._loop.add_reader(self._socket, self._readable)
+        return data
 
     def _framed(self) -> bool:
         return any(name.lower() in ("content-length", "transfer-encoding") for name, _ in self.headers)

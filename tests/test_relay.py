@@ -329,7 +329,7 @@ async def test_a_client_that_leaves_before_the_answer_cuts_the_child(serve):
     await asyncio.wait_for(asked.wait(), 5)
     writer.transport.abort()
     await asyncio.wait_for(front.left.wait(), 5)
-    assert front.leases[0].ended
+    assert front.leases[0].ended == [False]
 
 
 @pytest.mark.parametrize("chunked", [True, False])

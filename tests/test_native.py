@@ -144,6 +144,26 @@ class TestBuild:
         assert again.seconds < 1
         assert native.find_server(options.cache, patches) == result.server
 
+    def test_a_tool_from_the_patches_is_built_beside_the_server(
+        self, options: BuildOptions, tree: Path, patches: Path, out: Transcript
+    ) -> None:
+        cmake = (tree / "CMakeLists.txt").read_text()
+        (tree / "CMakeLists.txt").write_text(cmake + "add_subdirectory(tools/atlas-eval)\n")
+        folder = patches / "files" / "tools" / "atlas-eval"
+        folder.mkdir(parents=True)
+        (folder / "CMakeLists.txt").write_text("add_executable(llama-atlas-eval eval.cpp)\n")
+        (folder / "eval.cpp").write_text("int main() { return 0; }\n")
+        result = native.build(options, out.console)
+        tool = native.find_tool(native.EVAL, options.cache, patches)
+        assert tool == result.server.with_name("llama-atlas-eval")
+        assert result.facts.programs == ["llama-server", "llama-atlas-eval"]
+        tool.unlink()
+        assert native.build_needed(options)
+
+    def test_without_that_patch_there_is_no_tool(self, options: BuildOptions, out: Transcript) -> None:
+        assert native.build(options, out.console).facts.programs == ["llama-server"]
+        assert native.find_tool(native.EVAL, options.cache, options.patches) is None
+
     def test_keep_leaves_source_objects_and_log(self, options: BuildOptions, out: Transcript) -> None:
         kept = BuildOptions(**{**vars(options), "keep": True})
         folder = native.build(kept, out.console).server.parent

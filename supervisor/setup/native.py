@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ __all__ = [
     "build_needed",
     "find_facts",
     "find_server",
+    "find_tool",
     "is_cpu_build",
     "native_folder",
     "parse_version",
@@ -49,8 +51,10 @@ __all__ = [
 ]
 
 SERVER = "llama-server"
-TARGETS = [SERVER]
-"""What ninja makes; the tools of llama.cpp that we do not run are left out."""
+EVAL = "llama-atlas-eval"
+
+PATCHED_IN = {EVAL: "tools/atlas-eval"}
+"""Programs that llama.cpp gets from our patches, each with its folder: built when the series brings that."""
 
 CMAKE_OPTIONS = [
     "-DCMAKE_BUILD_TYPE=Release",
@@ -108,6 +112,7 @@ class BuildFacts(msgspec.Struct, frozen=True):
     sha256: str
     seconds: float
     created: float
+    programs: list[str] = msgspec.field(default_factory=lambda: [SERVER])
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,11 @@ class _Recipe:
         own = [f"-DLLAMA_BUILD_COMMIT={source.commit}", f"-DLLAMA_PATCH_SERIES={self.series.label}"]
         return [*CMAKE_OPTIONS, *own, *BACKEND_OPTIONS[self.backend]]
 
+    @property
+    def targets(self) -> list[str]:
+        """What ninja makes; the tools of llama.cpp that we do not run are left out."""
+        return targets(self.series)
+
     def folder(self, source: Source) -> Path:
         return self.root / build_key(
             source.identity,
@@ -151,13 +161,29 @@ class _Recipe:
             options=self.options(source),
             compiler=self.compiler,
             cpu=self.cpu,
+            programs=self.targets,
         )
 
 
-def build_key(source: str, patches: str, *, backend: str, options: list[str], compiler: str, cpu: str) -> str:
+def targets(series: PatchSeries) -> list[str]:
+    """Return the programs that llama.cpp with this series has for us, the server first."""
+    folders = {path.parent.as_posix() for path in series.files}
+    return [SERVER, *(name for name, folder in PATCHED_IN.items() if folder in folders)]
+
+
+def build_key(
+    source: str,
+    patches: str,
+    *,
+    backend: str,
+    options: list[str],
+    compiler: str,
+    cpu: str,
+    programs: Sequence[str] = (SERVER,),
+) -> str:
     """Return the name of a build's folder: a hash of its arguments and of the flags in the environment."""
     flags = {name: os.environ[name] for name in FLAG_VARIABLES if name in os.environ}
-    parts = msgspec.json.encode([source, patches, backend, options, compiler, cpu, flags, TARGETS])
+    parts = msgspec.json.encode([source, patches, backend, options, compiler, cpu, flags, list(programs)])
     return hashlib.sha256(parts).hexdigest()[:16]
 
 
@@ -180,6 +206,13 @@ def find_server(cache: Path | None = None, patches: Path | None = None) -> Path 
     found = [facts for facts in found if facts.cpu == cpu]
     best = max(found, key=lambda facts: (facts.patches == series, facts.created), default=None)
     return root / best.key / SERVER if best else None
+
+
+def find_tool(name: str, cache: Path | None = None, patches: Path | None = None) -> Path | None:
+    """Return the program `name` beside the server that `find_server` finds; None when that build has none."""
+    server = find_server(cache, patches)
+    tool = server.with_name(name) if server else None
+    return tool if tool and os.access(tool, os.X_OK) else None
 
 
 def find_facts(server: Path) -> BuildFacts | None:
@@ -284,19 +317,19 @@ def _already(options: BuildOptions) -> Path | None:
 
 
 def _finished(folder: Path) -> BuildFacts | None:
-    """Return the facts of a finished build whose binary is there."""
+    """Return the facts of a finished build whose programs are all there."""
     try:
         facts = msgspec.json.decode((folder / "build.json").read_bytes(), type=BuildFacts)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return facts if os.access(folder / SERVER, os.X_OK) else None
+    return facts if all(os.access(folder / name, os.X_OK) for name in facts.programs) else None
 
 
 def _use(folder: Path, built: bool, started: float) -> BuildResult:
     """Make a finished build the current one."""
     facts = _finished(folder)
     if facts is None:
-        raise SetupError(f"{folder} lost its build.json or its server: run the build again")
+        raise SetupError(f"{folder} lost its build.json or one of its programs: run the build again")
     current = folder.parent / "current"
     if not current.is_symlink() or str(current.readlink()) != folder.name:
         link_atomic(current, folder.name)
@@ -331,12 +364,13 @@ def _compile(folder: Path, source: Source, recipe: _Recipe, options: BuildOption
     tree, objects = folder / "src", folder / "build"
     configure = [str(tools.cmake), "-S", str(tree), "-B", str(objects), "-G", "Ninja", *recipe.options(source)]
     compile_run.run(configure, log, environment, compile_run.no_lines)
-    ninja = [str(tools.ninja), "-C", str(objects), "-j", str(jobs), *TARGETS]
+    ninja = [str(tools.ninja), "-C", str(objects), "-j", str(jobs), *recipe.targets]
     compile_run.run_ninja(ninja, log, environment, console)
     server = folder / SERVER
-    part = folder / f"{SERVER}.part"
-    shutil.copy2(objects / "bin" / SERVER, part)
-    part.replace(server)
+    for name in recipe.targets:
+        part = folder / f"{name}.part"
+        shutil.copy2(objects / "bin" / name, part)
+        part.replace(folder / name)
     version = server_version(server)
     if version.patches != recipe.series.label:
         raise SetupError(
@@ -359,6 +393,7 @@ def _compile(folder: Path, source: Source, recipe: _Recipe, options: BuildOption
         sha256=sha256_file(server),
         seconds=round(time.monotonic() - started, 1),
         created=time.time(),
+        programs=recipe.targets,
     )
     write_atomic(folder / "build.json", msgspec.json.format(msgspec.json.encode(facts)))
     if not options.keep:

@@ -34,6 +34,37 @@ class ServerSection(Section):
     )
 
 
+class AtlasValues(Section):
+    """The parameters of the memory; null leaves the choice to the child, which prints what it chose and why."""
+
+    cells: int | None = Field(None, ge=16, le=1 << 20, description="Memory cells; at most half of the context.")
+    window: int | None = Field(
+        None, ge=64, le=1 << 27, description="Most recent tokens kept exactly; context - sinks - cells at most."
+    )
+    recall: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="Share of the cells that is recalled; the rest survives."
+    )
+    refresh: int | None = Field(None, ge=1, le=4096, description="Tokens between two refreshes of the cells.")
+    blend: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="Scales the attention on memory cells; 0: never read."
+    )
+    archive_max_mb: int | None = Field(None, ge=1, le=1 << 24, description="Most memory for the archive, in MiB.")
+
+
+class AtlasSection(AtlasValues):
+    """The long-context memory. Null leaves a parameter to the child, which prints what it chose and why."""
+
+    enabled: Literal["off", "on", "auto"] = Field(
+        "off", description="`on` refuses models that cannot have it; `auto` serves them without."
+    )
+
+
+class AtlasOverride(AtlasValues):
+    """The long-context memory of one model; null: as in `atlas`."""
+
+    enabled: Literal["off", "on", "auto"] | None = Field(None, description="As in `atlas`.")
+
+
 class ModelOverride(Section):
     """Settings of one model; whatever is not set here comes from the other sections."""
 
@@ -45,6 +76,7 @@ class ModelOverride(Section):
         None, description="Unload after so many seconds without a request; 0: never; null: as in `models`."
     )
     context_size: int | None = Field(None, ge=8, description="Context in tokens; null: as in `performance`.")
+    atlas: AtlasOverride | None = Field(None, description="Its long-context memory; null: as in `atlas`.")
 
     @field_validator("args")
     @classmethod
@@ -105,10 +137,6 @@ class InferenceSection(Section):
     )
     queue_limit: int = Field(256, ge=0, le=1 << 20, description="Most requests that wait for one model.")
     queue_timeout_seconds: Seconds = Field(600, description="Longest wait for a model before a 503.")
-
-
-class AtlasSection(Section):
-    """The long-context memory; it has no settings yet."""
 
 
 class KarenSection(Section):

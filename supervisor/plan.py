@@ -86,11 +86,37 @@ def command(
         args += ["--n-gpu-layers", str(performance.gpu_layers)]
     if performance.parallel is not None:
         args += ["--parallel", str(performance.parallel)]
+    args += atlas_flags(config, override)
     if config.monitoring.child_metrics:
         args.append("--metrics")
     if native.is_cpu_build(binary) and needs_no_fit(model, override, performance, total_memory()):
         args += ["--fit", "off"]
     return args + override.args
+
+
+ATLAS_FLAGS = {
+    "cells": "--atlas-cells",
+    "window": "--atlas-window",
+    "recall": "--atlas-recall",
+    "refresh": "--atlas-refresh",
+    "blend": "--atlas-blend",
+    "archive_max_mb": "--atlas-archive-max",
+}
+"""The child's flag for each parameter of the `atlas` section."""
+
+
+def atlas_flags(config: Config, override: ModelOverride) -> list[str]:
+    """Return the child's flags for the long-context memory; none when it is off, so any llama-server starts."""
+    values = config.atlas.model_dump()
+    if override.atlas is not None:
+        values |= override.atlas.model_dump(exclude_none=True)
+    if values["enabled"] == "off":
+        return []
+    args = ["--atlas" if values["enabled"] == "on" else "--atlas-auto"]
+    for name, flag in ATLAS_FLAGS.items():
+        if values[name] is not None:
+            args += [flag, str(values[name])]
+    return args
 
 
 def override_for(config: Config, model: Model) -> ModelOverride:

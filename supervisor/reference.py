@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from supervisor.config import ModelOverride, Section, sections
+from supervisor.config import AtlasOverride, ModelOverride, Section, sections
 
 BEGIN, END = "<!-- generated: do not edit, run scripts/docs -->", "<!-- /generated -->"
 
@@ -23,6 +23,7 @@ def reference_markdown() -> str:
         parts += _section_markdown(f"`{name}`", section, name)
         if name == "models":
             parts += _section_markdown("`models.overrides.<model id>`", ModelOverride, None)
+            parts += _section_markdown("`models.overrides.<model id>.atlas`", AtlasOverride, None)
     return "\n".join(parts).strip() + "\n"
 
 

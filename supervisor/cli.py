@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from supervisor import __version__
+from supervisor.cli_atlas import atlas
 from supervisor.cli_models import load, logs, models, status, unload
 from supervisor.cli_options import config_option, example, json_option
 from supervisor.console import console, duration, print_json, safe, say, table
@@ -135,7 +136,7 @@ def cli() -> None:
     """
 
 
-for command in (status, models, load, unload, logs):
+for command in (status, models, load, unload, logs, atlas):
     cli.add_command(command)
 
 

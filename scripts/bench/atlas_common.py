@@ -125,13 +125,14 @@ def evaluate(tool: Path, model: Path, arguments: list[str], note: str = "") -> l
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            if not line.startswith("{"):
-                continue
-            event = json.loads(line)
-            if event.get("event") == "result":
-                results.append(event)
-                progress(f"{note}{event['test']} {event['mode']}: {event['nll']:.4f}")
+        try:
+            for line in process.stdout:
+                if line.startswith("{") and (event := json.loads(line)).get("event") == "result":
+                    results.append(event)
+                    progress(f"{note}{event['test']} {event['mode']}: {event['nll']:.4f}")
+        except BaseException:
+            process.kill()
+            raise
         code = process.wait()
         errors.seek(0)
         said = errors.read()

@@ -45,15 +45,20 @@ class Question:
         return self.document + self.start
 
 
-def fact(kind: str, name: str, rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
-    """Return the start of a sentence, the answer that ends it, and nine wrong answers that begin differently."""
+def fact(kind: str, name: str, rng: random.Random, taken: set[str]) -> tuple[str, str, tuple[str, ...]]:
+    """Return the start of a sentence, the answer that ends it, and nine wrong answers that begin differently.
+
+    The answer is none of those `taken` by other facts, so that to mix facts up is never right, and is added to them.
+    """
     if kind == "code":
         codes = [f"{first}{rng.randrange(1000):03}" for first in rng.sample(range(10), 10)]
         return f"The secret code of {name} is", codes[0], tuple(codes[1:])
     if kind == "city":
-        cities = rng.sample(CITIES, 10)
+        cities = sorted(rng.sample(CITIES, 10), key=taken.__contains__)
+        taken.add(cities[0])
         return f"The aunt of {name} lives in the city of", cities[0], tuple(cities[1:])
-    items = rng.sample(ITEMS, 10)
+    items = sorted(rng.sample(ITEMS, 10), key=taken.__contains__)
+    taken.add(items[0])
     return f"On the list of {name} the first is {items[9]} and the second is", items[0], tuple(items[1:])
 
 
@@ -69,7 +74,8 @@ def document(seed: int, filler: list[tuple[str, int]], tokens: tuple[int, int], 
     while (size := sum(n for _, n in paragraphs)) < length:
         paragraphs.append(filler[(at + len(paragraphs)) % len(filler)])
     names = rng.sample(NAMES, len(KINDS))
-    facts = [(kind, *fact(kind, name, rng)) for kind, name in zip(KINDS, names, strict=True)]
+    taken: set[str] = set()
+    facts = [(kind, *fact(kind, name, rng, taken)) for kind, name in zip(KINDS, names, strict=True)]
     places = sorted((rng.uniform(0.02 * size, size - nearest), number) for number, _ in enumerate(facts))
     text, read = "", 0
     behind: dict[int, int] = {}

@@ -1,0 +1,22 @@
+#pragma once
+
+#include "llama-atlas.h"
+
+#include "ggml.h"
+
+#include <string>
+
+struct common_params;
+
+// how the long-context memory was asked for on the command line
+struct common_params_atlas {
+    bool enabled   = false; // --atlas: an error when the model cannot have one
+    bool automatic = false; // --atlas-auto: serve without it then
+
+    llama_atlas_params params = llama_atlas_default_params();
+};
+
+// Choose the context and the parameters of the memory for a loaded model, log them with the reasons, and put them into
+// cparams. Without --atlas and --atlas-auto it does nothing.
+// Returns false when the memory was demanded and cannot be had; the reason is logged.
+bool common_atlas_apply(common_params & params, const llama_model * model, llama_context_params & cparams);

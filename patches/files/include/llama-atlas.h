@@ -1,0 +1,84 @@
+#pragma once
+
+#include "llama.h"
+
+// ATLAS: a long-context memory for any model whose keys are rotated (RoPE), without training
+//
+// A sequence keeps a fixed number of KV cells, whatever its length:
+//
+//   [ sinks: the first tokens ][ memory cells ][ window: the most recent tokens, exact ]
+//
+// The keys and values of all its tokens are kept in an archive in host memory. Every n_refresh tokens the memory cells
+// are filled anew from there, for each layer and KV head on its own: one part with blocks of tokens that the last
+// queries ask for (recall), the other with the tokens that got the most attention since they were written (survivors).
+//
+// Positions are never reassigned: a token's position is its index in the sequence, so callers do not have to know about
+// the memory except that they call llama_atlas_prepare() before each batch.
+
+// longest sequence, as the angles of the rotation lose precision with the position
+#define LLAMA_ATLAS_MAX_TOKENS (1 << 22)
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    struct llama_atlas_params {
+        int32_t n_cells;     // memory cells; < 0: half of the context
+        int32_t n_window;    // exact recent tokens, less slides earlier; < 0: what sinks and memory cells leave
+        float   recall;      // share of the memory cells for recalled blocks, 0..1
+        int32_t n_refresh;   // tokens between two refreshes, a multiple of 4
+        int32_t n_chunk;     // largest number of prompt tokens in a batch while the window slides, a multiple of n_refresh
+        float   blend;       // attention mass of the memory cells, 0..1 (0: written but not read, 1: natural)
+        int64_t archive_max; // bytes for the archives of all sequences; 0: half of the free memory
+        int32_t n_threads;   // threads for the refresh; <= 0: those of the context
+        uint32_t shuffle;    // for measurements: fill the cells with random tokens, drawn with this seed; 0: off
+    };
+
+    // what a sequence's memory did; times in microseconds
+    struct llama_atlas_stats {
+        int64_t n_tokens;    // tokens of the sequence, the next position
+        int64_t n_archived;  // tokens that have left the window
+        int64_t n_forgotten; // the oldest tokens that were dropped as the archive was full
+        int64_t n_refresh;
+        int64_t n_recalled;  // blocks that were brought into cells, over all layers and heads
+        int64_t bytes;       // size of the archive
+        int64_t t_capture;   // reading queries, keys and values
+        int64_t t_score;     // archiving, scoring, choosing and writing cells
+        int64_t t_slide;     // moving the window, uploads
+        int32_t n_cells;     // the parameters in force
+        int32_t n_window;
+        int32_t n_sink;
+        bool    active;      // false: the sequence cannot slide (shared cells, odd positions)
+    };
+
+    LLAMA_API struct llama_atlas_params llama_atlas_default_params(void);
+
+    // why the model or the context cannot have a memory; NULL when it can
+    // the text is valid until the next call from the same thread
+    LLAMA_API const char * llama_atlas_unsupported(const struct llama_model * model, struct llama_context_params params);
+
+    // check the parameters and fill in the automatic ones for a context of n_ctx_seq cells per sequence
+    // writes the reasons to `text` (may be NULL); returns false when they are contradictory
+    LLAMA_API bool llama_atlas_configure(
+            const struct llama_model          * model,
+                  struct llama_context_params   cparams,
+                  struct llama_atlas_params   * params,
+                              char            * text,
+                              size_t            n_text);
+
+    // whether the context was made with a memory
+    LLAMA_API bool llama_atlas_enabled(const struct llama_context * ctx);
+
+    // make room for the next tokens of a sequence, refreshing its memory when the window has to slide
+    // returns how many of n_want tokens the next batch may hold; 0: the sequence cannot grow
+    LLAMA_API int32_t llama_atlas_prepare(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_want);
+
+    // of n_past leading tokens that a new prompt shares with the sequence: how many can be kept
+    // (all of them, or 0 when the new prompt departs before the window, from which there is no way back)
+    LLAMA_API int32_t llama_atlas_n_reusable(const struct llama_context * ctx, llama_seq_id seq_id, int32_t n_past);
+
+    LLAMA_API struct llama_atlas_stats llama_atlas_get_stats(const struct llama_context * ctx, llama_seq_id seq_id);
+
+#ifdef __cplusplus
+}
+#endif

@@ -151,6 +151,8 @@ def run(command: list[str], *, quiet: bool) -> tuple[Json, list[Json]]:
                 code = child.wait()
         if code != 0:
             raise EvaluationFailed(f"the evaluation ended with code {code}: {_last_line(log)}")
+    if not results:
+        raise EvaluationFailed(f"{command[0]} ended without a result")
     return settings, results
 
 

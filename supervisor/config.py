@@ -37,14 +37,18 @@ class ServerSection(Section):
 class AtlasValues(Section):
     """The parameters of the memory; null leaves the choice to the child, which prints what it chose and why."""
 
-    cells: int | None = Field(None, ge=16, le=1 << 20, description="Memory cells; at most half of the context.")
+    cells: int | None = Field(
+        None, ge=0, le=1 << 20, multiple_of=16, description="Memory cells, a multiple of 16; 0: the window only."
+    )
     window: int | None = Field(
         None, ge=64, le=1 << 27, description="Most recent tokens kept exactly; context - sinks - cells at most."
     )
     recall: float | None = Field(
         None, ge=0, le=1, allow_inf_nan=False, description="Share of the cells that is recalled; the rest survives."
     )
-    refresh: int | None = Field(None, ge=1, le=4096, description="Tokens between two refreshes of the cells.")
+    refresh: int | None = Field(
+        None, ge=4, le=256, multiple_of=4, description="Tokens between two refreshes of the cells, a multiple of 4."
+    )
     blend: float | None = Field(
         None, ge=0, le=1, allow_inf_nan=False, description="Scales the attention on memory cells; 0: never read."
     )

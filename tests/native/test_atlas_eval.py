@@ -11,9 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text()
-    (tmp_path / "passage.txt").write_text(text[:600])
-    (tmp_path / "filler.txt").write_text(text[600:2400])
+    (tmp_path / "passage.txt").write_text((ROOT / "README.md").read_text())
+    (tmp_path / "filler.txt").write_text((ROOT / "docs" / "design.md").read_text() + (ROOT / "LICENSE").read_text())
     copy = ["--copy", str(tmp_path / "passage.txt"), str(tmp_path / "filler.txt")]
     words = ["atlas", "eval", "-m", str(smollm2), *copy, "--tokens", "1024", "--cells", "256", "--json"]
     done = subprocess.run([sys.executable, "-m", "supervisor", *words], capture_output=True, text=True, check=False)

@@ -58,21 +58,41 @@ void atlas_store_row(ggml_type type, const float * src, void * dst, int64_t n) {
     }
 }
 
+#if defined(__GNUC__)
+// one register (or a few) for all lanes: left to itself, GCC takes the accumulators apart
+typedef float lanes_t __attribute__((vector_size(ATLAS_LANES*sizeof(float))));
+#else
+struct lanes_t {
+    float x[ATLAS_LANES];
+};
+static inline lanes_t operator*(float a, const lanes_t & b) {
+    lanes_t r;
+    for (int i = 0; i < ATLAS_LANES; ++i) {
+        r.x[i] = a*b.x[i];
+    }
+    return r;
+}
+static inline lanes_t & operator+=(lanes_t & a, const lanes_t & b) {
+    for (int i = 0; i < ATLAS_LANES; ++i) {
+        a.x[i] += b.x[i];
+    }
+    return a;
+}
+#endif
+
 template <int NK>
 static inline void dot_tile(float * out, const float * k, const float * qt, int64_t d, int64_t nl) {
     for (int64_t l = 0; l < nl; l += ATLAS_LANES) {
-        float acc[NK][ATLAS_LANES] = {};
+        lanes_t acc[NK] = {};
         for (int64_t i = 0; i < d; ++i) {
-            const float * q = qt + i*nl + l;
+            lanes_t q;
+            memcpy(&q, qt + i*nl + l, sizeof(q));
             for (int j = 0; j < NK; ++j) {
-                const float x = k[j*d + i];
-                for (int c = 0; c < ATLAS_LANES; ++c) {
-                    acc[j][c] += x*q[c];
-                }
+                acc[j] += k[j*d + i]*q;
             }
         }
         for (int j = 0; j < NK; ++j) {
-            memcpy(out + j*nl + l, acc[j], sizeof(acc[j]));
+            memcpy(out + j*nl + l, &acc[j], sizeof(acc[j]));
         }
     }
 }

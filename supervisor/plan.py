@@ -89,8 +89,11 @@ def command(
     args += atlas_flags(config, override)
     if config.monitoring.child_metrics:
         args.append("--metrics")
-    if native.is_cpu_build(binary) and needs_no_fit(model, override, performance, total_memory()):
-        args += ["--fit", "off"]
+    if native.is_cpu_build(binary):
+        # the first request warms the model up just as well, and it is waiting
+        args.append("--no-warmup")
+        if needs_no_fit(model, override, performance, total_memory()):
+            args += ["--fit", "off"]
     return args + override.args
 
 

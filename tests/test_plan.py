@@ -67,5 +67,11 @@ class TestFit:
         assert command(tiny_model, 64 * GIB, {"args": ["--fit", "on"]})[-2:] == ["--fit", "on"]
 
 
-def test_a_server_that_may_use_a_gpu_decides_what_fits(tiny_model: Model):
+@pytest.mark.usefixtures("cpu_build")
+def test_the_first_request_is_the_warm_up_on_a_cpu(tiny_model: Model):
+    assert "--no-warmup" in command(tiny_model, GIB)
+
+
+def test_a_server_that_may_use_a_gpu_decides_what_fits_and_warms_up(tiny_model: Model):
+    assert "--no-warmup" not in command(tiny_model, GIB)
     assert fits(command(tiny_model, 64 * GIB))

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long does a request for B wait while A is loaded and idle and only one may run, compared with a raw start of B?
 
-Raw: llama-server started by hand with the supervisor's own flags for B, /health polled every 5 ms, then the same
-request. Ours: the request for B, to a supervisor that must first stop A. Both files are on the page cache.
+Raw: llama-server started by hand for B, /health polled every 5 ms, then the same request; it warms up and looks how
+much fits into memory, as it does by default (--same-flags: as little as our child does). Ours: the request for B, to a supervisor that must first stop A. Both files are on the page cache.
 Target: first byte of our answer at most 150 ms after raw healthy, prompt processing included.
 """
 
@@ -22,6 +22,7 @@ from common import (
     report_starts,
     run_main,
     server_of,
+    stock,
     supervisor,
     warm_page_cache,
 )
@@ -35,6 +36,7 @@ def main() -> int:
     options.add_argument("--model-a", type=model_file, required=True, help="GGUF file swapped out")
     options.add_argument("--model-b", type=model_file, required=True, help="GGUF file swapped in")
     options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--same-flags", action="store_true", help="start the raw server with our start-up flags too")
     given = options.parse_args()
     before = machine_state()
     for path in (given.model_a, given.model_b):
@@ -43,6 +45,7 @@ def main() -> int:
     with supervisor(models, server_of(given), {"models": {"max_loaded_models": 1}}) as running:
         first_byte(running.connect(), chat("b"))
         command = running.child_command("b")
+        command = command if given.same_flags else stock(command)
         running.unload("b")
 
         def ours() -> float:

@@ -2,8 +2,9 @@
 """How long does the first request wait for a model that is not loaded, compared with a raw llama-server?
 
 Raw: llama-server started by hand, /health polled every 5 ms until it says 200, then the same first request; it warms
-up and looks how much fits into memory, as it does by default (--same-flags: as little as our child does). Ours: the request, to a supervisor that has not loaded the model. The file is on the page
-cache. Target: first byte of our answer at most 100 ms after raw healthy, prompt processing included.
+up and looks how much fits into memory, as it does by default (--same-flags: as little as our child does).
+Ours: the request, to a supervisor that has not loaded the model. The file is on the page cache.
+Target: first byte of our answer at most 100 ms after raw healthy, prompt processing included.
 """
 
 from __future__ import annotations

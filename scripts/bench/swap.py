@@ -2,7 +2,8 @@
 """How long does a request for B wait while A is loaded and idle and only one may run, compared with a raw start of B?
 
 Raw: llama-server started by hand for B, /health polled every 5 ms, then the same request; it warms up and looks how
-much fits into memory, as it does by default (--same-flags: as little as our child does). Ours: the request for B, to a supervisor that must first stop A. Both files are on the page cache.
+much fits into memory, as it does by default (--same-flags: as little as our child does).
+Ours: the request for B, to a supervisor that must first stop A. Both files are on the page cache.
 Target: first byte of our answer at most 150 ms after raw healthy, prompt processing included.
 """
 

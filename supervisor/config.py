@@ -47,7 +47,7 @@ class AtlasValues(Section):
         None, ge=0, le=1, allow_inf_nan=False, description="Share of the cells that is recalled; the rest survives."
     )
     refresh: int | None = Field(
-        None, ge=4, le=256, multiple_of=4, description="Tokens between two refreshes of the cells, a multiple of 4."
+        None, ge=1, le=256, description="Fill the memory cells anew every so many tokens of an answer."
     )
     blend: float | None = Field(
         None, ge=0, le=1, allow_inf_nan=False, description="Scales the attention on memory cells; 0: never read."

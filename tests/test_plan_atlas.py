@@ -52,7 +52,6 @@ def test_a_model_overrides_single_keys() -> None:
         ("window", 63),
         ("recall", 1.1),
         ("refresh", 0),
-        ("refresh", 18),
         ("refresh", 260),
         ("blend", -0.1),
         ("blend", float("nan")),

@@ -21,7 +21,7 @@ from common import BenchError, Json, machine_state, model_file, parser, print_ma
 
 FLAT, PREFILL, DECODE = 0.85, 3.0, 10.0
 
-PARTS = ("t_capture_ms", "t_score_ms", "t_slide_ms")
+PARTS = ("t_score_ms", "t_write_ms", "t_slide_ms")
 
 
 def main() -> int:

@@ -66,9 +66,6 @@ bool common_atlas_apply(common_params & params, const llama_model * model, llama
         return false;
     }
 
-    // a sequence adds a chunk at a time, and what is copied from each layer takes memory
-    cparams.n_ubatch = std::min<uint32_t>(cparams.n_ubatch, std::max(64, chosen.n_chunk*std::min(n_seq, 4)));
-
     atlas.enabled = true;
     atlas.params  = chosen;
     cparams.atlas = &atlas.params;

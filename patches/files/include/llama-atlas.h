@@ -8,9 +8,10 @@
 //
 //   [ sinks: the first tokens ][ memory cells ][ window: the most recent tokens, exact ]
 //
-// The keys and values of all its tokens are kept in an archive in host memory. Every n_refresh tokens the memory cells
-// are filled anew from there, for each layer and KV head on its own: one part with blocks of tokens that the last
-// queries ask for (recall), the other with the tokens that got the most attention since they were written (survivors).
+// The keys and values of all its tokens are kept in an archive in host memory. In each layer, between the queries and
+// the attention, the memory cells are filled anew from there, for each KV head on its own: one part with blocks of
+// tokens that these very queries ask for (recall), the other with the tokens that got the most attention since they
+// were written (survivors). The queries of a prompt choose together, a chunk at a time; those of an answer one by one.
 //
 // Positions are never reassigned: a token's position is its index in the sequence, so callers do not have to know about
 // the memory except that they call llama_atlas_prepare() before each batch.
@@ -26,11 +27,10 @@ extern "C" {
         int32_t n_cells;     // memory cells; < 0: half of the context
         int32_t n_window;    // exact recent tokens, less slides earlier; < 0: what sinks and memory cells leave
         float   recall;      // share of the memory cells for recalled blocks, 0..1
-        int32_t n_refresh;   // tokens between two refreshes, a multiple of 4
-        int32_t n_chunk;     // largest number of prompt tokens in a batch while the window slides, a multiple of n_refresh
+        int32_t n_refresh;   // the cells are filled anew every n_refresh tokens of an answer; < 0: as often as the place of the cache allows
+        int32_t n_chunk;     // largest number of prompt tokens in a batch while the window slides
         float   blend;       // attention mass of the memory cells, 0..1 (0: written but not read, 1: natural)
         int64_t archive_max; // bytes for the archives of all sequences; 0: half of the free memory
-        int32_t n_threads;   // threads for the refresh; <= 0: those of the context
         uint32_t shuffle;    // for measurements: fill the cells with random tokens, drawn with this seed; 0: off
     };
 
@@ -42,9 +42,9 @@ extern "C" {
         int64_t n_refresh;
         int64_t n_recalled;  // blocks that were brought into cells, over all layers and heads
         int64_t bytes;       // size of the archive
-        int64_t t_capture;   // reading queries, keys and values
-        int64_t t_score;     // archiving, scoring, choosing and writing cells
-        int64_t t_slide;     // moving the window, uploads
+        int64_t t_score;     // archiving, scoring, choosing
+        int64_t t_write;     // writing cells
+        int64_t t_slide;     // moving the window
         int32_t n_cells;     // the parameters in force
         int32_t n_window;
         int32_t n_sink;

@@ -72,6 +72,13 @@ static inline lanes_t operator*(float a, const lanes_t & b) {
     }
     return r;
 }
+static inline lanes_t operator*(const lanes_t & a, const lanes_t & b) {
+    lanes_t r;
+    for (int i = 0; i < ATLAS_LANES; ++i) {
+        r.x[i] = a.x[i]*b.x[i];
+    }
+    return r;
+}
 static inline lanes_t & operator+=(lanes_t & a, const lanes_t & b) {
     for (int i = 0; i < ATLAS_LANES; ++i) {
         a.x[i] += b.x[i];
@@ -104,6 +111,87 @@ void atlas_dot(float * out, const float * k, const float * qt, int64_t nk, int64
     }
     for (; j < nk; ++j) {
         dot_tile<1>(out + j*nl, k + j*d, qt, d, nl);
+    }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define ATLAS_SHUFFLE
+#endif
+#endif
+
+// the sums of the lanes of four vectors
+static inline void sum_lanes(const lanes_t * x, float * out) {
+#ifdef ATLAS_SHUFFLE
+    static_assert(ATLAS_LANES == 16, "the folds are written for 16 lanes");
+    typedef float half_t  __attribute__((vector_size(8*sizeof(float))));
+    typedef float quart_t __attribute__((vector_size(4*sizeof(float))));
+    quart_t q[4];
+    for (int i = 0; i < 4; ++i) {
+        const half_t h = __builtin_shufflevector(x[i], x[i], 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x[i], x[i], 8, 9, 10, 11, 12, 13, 14, 15);
+        q[i] = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+    }
+    const quart_t a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) + __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+    const quart_t b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) + __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+    const quart_t r = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    memcpy(out, &r, sizeof(r));
+#else
+    for (int i = 0; i < 4; ++i) {
+        float part[ATLAS_LANES];
+        memcpy(part, &x[i], sizeof(part));
+        float sum = 0.0f;
+        for (int l = 0; l < ATLAS_LANES; ++l) {
+            sum += part[l];
+        }
+        out[i] = sum;
+    }
+#endif
+}
+
+// NQ queries and 4 keys
+template <int NQ>
+static inline void few_tile(float * out, int64_t n_out, const float * k, const float * q, int64_t d) {
+    lanes_t acc[NQ][4] = {};
+    for (int64_t c = 0; c < d; c += ATLAS_LANES) {
+        lanes_t x[4];
+        for (int i = 0; i < 4; ++i) {
+            memcpy(&x[i], k + i*d + c, sizeof(x[i]));
+        }
+        for (int j = 0; j < NQ; ++j) {
+            lanes_t y;
+            memcpy(&y, q + j*d + c, sizeof(y));
+            for (int i = 0; i < 4; ++i) {
+                acc[j][i] += x[i]*y;
+            }
+        }
+    }
+    sum_lanes(acc[0], out);
+    if (NQ > 1) { sum_lanes(acc[NQ > 1 ? 1 : 0], out + 1*n_out); }
+    if (NQ > 2) { sum_lanes(acc[NQ > 2 ? 2 : 0], out + 2*n_out); }
+    if (NQ > 3) { sum_lanes(acc[NQ > 3 ? 3 : 0], out + 3*n_out); }
+}
+
+void atlas_dot_few(float * out, int64_t n_out, const float * k, const float * q, int64_t nk, int64_t d, int64_t nq) {
+    const int64_t n4 = d % ATLAS_LANES == 0 ? nk/4*4 : 0;
+    for (int64_t j = 0; j < nq; j += 4) {
+        for (int64_t i = 0; i < n4; i += 4) {
+            float * o = out + j*n_out + i;
+            switch (std::min<int64_t>(nq - j, 4)) {
+                case 4:  few_tile<4>(o, n_out, k + i*d, q + j*d, d); break;
+                case 3:  few_tile<3>(o, n_out, k + i*d, q + j*d, d); break;
+                case 2:  few_tile<2>(o, n_out, k + i*d, q + j*d, d); break;
+                default: few_tile<1>(o, n_out, k + i*d, q + j*d, d);
+            }
+        }
+    }
+    for (int64_t i = n4; i < nk; ++i) {
+        for (int64_t j = 0; j < nq; ++j) {
+            float sum = 0.0f;
+            for (int64_t c = 0; c < d; ++c) {
+                sum += k[i*d + c]*q[j*d + c];
+            }
+            out[j*n_out + i] = sum;
+        }
     }
 }
 
@@ -152,6 +240,38 @@ void atlas_softmax(float * s, int64_t n, int64_t nl, float * tmp) {
         for (int64_t l = 0; l < nl; ++l) {
             s[j*nl + l] *= sum[l];
         }
+    }
+}
+
+void atlas_softmax_row(float * x, int64_t n) {
+    const int64_t n_pad = (n + ATLAS_LANES - 1)/ATLAS_LANES*ATLAS_LANES;
+    std::fill(x + n, x + n_pad, -INFINITY);
+
+    float max[ATLAS_LANES], sum[ATLAS_LANES];
+    for (int l = 0; l < ATLAS_LANES; ++l) {
+        max[l] = -INFINITY;
+        sum[l] = 0.0f;
+    }
+    for (int64_t i = 0; i < n_pad; i += ATLAS_LANES) {
+        for (int l = 0; l < ATLAS_LANES; ++l) {
+            max[l] = std::max(max[l], x[i + l]);
+        }
+    }
+    const float top = *std::max_element(max, max + ATLAS_LANES);
+    for (int64_t i = 0; i < n_pad; i += ATLAS_LANES) {
+        for (int l = 0; l < ATLAS_LANES; ++l) {
+            const float e = exp_neg(x[i + l] - top);
+            x[i + l] = e;
+            sum[l] += e;
+        }
+    }
+    float total = 0.0f;
+    for (int l = 0; l < ATLAS_LANES; ++l) {
+        total += sum[l];
+    }
+    total = 1.0f/total;
+    for (int64_t i = 0; i < n_pad; ++i) {
+        x[i] *= total;
     }
 }
 

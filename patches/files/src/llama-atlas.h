@@ -8,6 +8,7 @@
 #include "ggml-backend.h"
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
@@ -19,7 +20,6 @@
 struct llama_cparams;
 struct llama_model;
 struct llama_ubatch;
-class llm_graph_result;
 
 // a growing array in host memory that is enlarged in place where the system can do that (mremap)
 // throws std::bad_alloc; the content stays as it was then
@@ -67,14 +67,18 @@ public:
     // the reason why there can be no memory; empty when there can
     static std::string unsupported(const llama_model & model, bool causal_attn);
 
-    // throws when a layer of the graph has no queries, keys and values to copy
-    void check(const llm_graph_result & res) const;
+    // put the memory between the queries, keys and values of a layer and its attention; returns the queries
+    // what it does when the graph is computed: archive the new tokens, and fill the memory cells for them
+    ggml_tensor * build(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il);
 
-    // copy the queries, keys and values of a processed ubatch; called after each graph
-    void capture(const llama_ubatch & ubatch, const llm_graph_result & res, ggml_backend_sched_t sched);
+    // throws when build() was not called for a layer with memory
+    void check() const;
+
+    // what the next graph computes
+    void begin(const llama_ubatch & ubatch);
 
     // see llama-atlas.h; the context must be synchronized
-    int32_t prepare(llama_seq_id seq_id, int32_t n_want, int32_t n_threads);
+    int32_t prepare(llama_seq_id seq_id, int32_t n_want);
     int32_t n_reusable(llama_seq_id seq_id, int32_t n_past) const;
 
     llama_atlas_stats stats(llama_seq_id seq_id) const;
@@ -101,7 +105,8 @@ private:
         int32_t  dk, dv;  // head sizes
         int32_t  rope;    // index in ropes, -1: the layer does not rotate
         int32_t  head0;   // index of its first head in seq::heads
-        float    scale;   // of the logits, known after the first graph
+        float    scale;   // of the logits
+        bool     built;   // the graph has the memory in this layer
 
         ggml_tensor * k;
         ggml_tensor * v;
@@ -133,6 +138,11 @@ private:
 
         std::vector<uint32_t> idx;  // the tokens in the memory cells, ascending
         std::vector<uint32_t> slot; // which memory cell each of them is in
+        std::vector<uint32_t> rank; // [n_mem]: at which place of the order the key of a memory cell is
+
+        std::vector<uint32_t> surv; // the tokens with the largest u/age when it was last looked at, best first
+        std::vector<uint32_t> cand; // candidates for the next tokens' cells
+        int64_t t_cand = 0;         // when they were chosen
 
         float   threshold = 0.0f; // the smallest u/age among the last survivors
         int64_t n_recalled = 0;
@@ -142,34 +152,64 @@ private:
         bool active = true;
 
         int64_t n_tok  = 0; // tokens seen, the next position
-        int64_t n_done = 0; // of these: archived (the window's as well) and their queries scored
         int64_t n_win0 = 0; // the first token of the window; those before it have left
+        int64_t n_wait = 0; // of the last tokens: their queries wait to be scored
+        int64_t n_rep  = 0; // archive blocks whose mean keys are known
+        bool    slid   = false; // since the cells were written
 
         std::vector<head> heads;
 
-        // of the tokens [n_done, n_tok), per layer: [n_pend][n_head*dk + n_head_kv*(dk + dv)]
-        std::vector<std::vector<float>> pend;
+        std::vector<std::vector<float>> wait; // the waiting queries, per layer: [n_wait][n_head*dk]
 
-        std::vector<uint32_t> cells; // KV cells that are memory cells
+        std::vector<uint32_t>   cells;  // KV cells of the sinks and the memory cells, in this order
+        std::vector<rope_table> t_cell; // per rope: angles of their places, valid until the next slide
+
+        // per layer: the cells' rows, for caches that are not in host memory
+        std::vector<std::vector<uint8_t>> stage_k, stage_v;
 
         int64_t n_refresh = 0;
-        int64_t t_capture = 0, t_score = 0, t_slide = 0;
+        int64_t t_score = 0, t_write = 0, t_slide = 0;
     };
 
-    struct work; // scratch memory of a thread
+    // scratch memory of a thread; everything is sized before the threads start
+    struct work {
+        std::vector<float> qt;    // [dk][n_lanes]
+        std::vector<float> s;     // [n_tokens][n_lanes]
+        std::vector<float> s1;    // [n_blocks][n_lanes]
+        std::vector<float> kt;    // [n_tile][max(dk, dv)]
+        std::vector<float> tmp;   // [2*n_lanes]
+        std::vector<float> block; // [n_blocks]: scores
+        std::vector<float> cred;  // [n_blocks]: with credits
+        std::vector<float> rel;   // [n_tokens]: recall score of a candidate
 
-    // what one refresh does, the same for all heads
+        std::vector<uint8_t>  mark;   // [n_blocks]
+        std::vector<uint32_t> order;  // [max(n_blocks, n_tokens)]
+        std::vector<uint32_t> tok;    // candidates, then the window
+        std::vector<uint32_t> chosen; // the new content of the cells
+        std::vector<uint32_t> slot;
+        std::vector<uint8_t>  taken;  // [n_mem]
+
+        std::vector<std::pair<float, uint32_t>> ranked;
+
+        size_t n_arch = 0; // how many of tok are in the archive
+
+        int64_t t_score = 0, t_write = 0; // microseconds
+    };
+
+    // what a graph does for one sequence, the same for all heads
     struct job {
         seq * s;
-        int64_t n_win0;     // after the slide
-        bool    choose;     // fill the cells anew
-        bool    write;      // the window moved: write the cells
-        std::vector<rope_table> t_pend; // per rope: angles of the pending tokens' positions
-        std::vector<rope_table> t_query; // ... that turn their queries to the common distance
-        std::vector<rope_table> t_cell; // ... of the sinks and the memory cells
-        std::vector<uint32_t>   cells;  // KV cells of the sinks and the memory cells
         uint32_t stream;
-        bool     staged;                // the cells go by way of stage_k and stage_v
+        std::vector<uint32_t> rows; // of the ubatch
+        int64_t t0;     // the first new token
+        int64_t n_wait; // queries that waited before it
+        int64_t b0, b1; // archive blocks that the last slide completed
+        bool    score;  // score the queries, or let them wait
+        bool    choose; // fill the cells by the scores of these queries
+        bool    own;    // fill the cells by the query of the one new token
+        bool    slid;   // all their keys have to move
+        std::vector<rope_table> t_key;   // per rope: angles of the new tokens' positions
+        std::vector<rope_table> t_query; // ... that turn the queries to the common distance
     };
 
     const llama_model & model;
@@ -190,28 +230,41 @@ private:
     std::vector<rope>  ropes;
     int32_t n_heads = 0;
 
-    std::vector<seq> seqs;
-    std::vector<std::unique_ptr<work>> works;
+    bool    staged = false; // the cells are not in host memory
 
-    // per layer: rows for all sinks and memory cells, for caches that are not in host memory
-    std::vector<std::vector<uint8_t>> stage_k, stage_v;
-    std::vector<float> scratch;
+    std::vector<seq> seqs;
+    std::vector<std::unique_ptr<work>> works; // one per thread
+
+    // the graph that is computed
+    struct op {
+        llama_atlas * atlas;
+        size_t i_layer;
+        std::atomic<int32_t> next;   // item: a KV head of a job
+        std::atomic<int32_t> n_done;
+    };
+    std::vector<job> jobs;
+    std::unique_ptr<op[]> ops; // one per layer
 
     int64_t row(int64_t token) const { return token < n_sink ? token : n_sink + (token - n_sink) % n_cap; }
     int64_t first_kept(const seq & s) const; // the oldest token that the archive still holds
 
     void reset(seq & s);
     void trim(seq & s, int64_t n);
+    void reserve(seq & s, int64_t n_new);
+    void settle();
     rope_table make_table(const rope & r, const std::vector<int32_t> & pos) const;
-    void run(seq & s, int64_t n_win0, bool choose, uint32_t stream, std::vector<uint32_t> cells, int n_threads);
-    void parallel(int64_t n, int n_threads, const std::function<void(int64_t, int)> & fn);
     bool find_cells(llama_seq_id seq_id, std::vector<uint32_t> & res) const;
-    void upload(const job & j, const seq & s);
 
-    void do_head  (job & j, size_t i_layer, int32_t g, work & w);
-    void archive  (job & j, const layer & l, int32_t g, head & h, work & w, int64_t i0, int64_t i1);
-    void score    (job & j, const layer & l, int32_t g, head & h, work & w, int64_t q0, int64_t q1, int64_t a1, bool last);
-    void choose   (job & j, head & h, work & w, int64_t a1, int64_t t);
-    void survivors(const job & j, head & h, work & w, int64_t a1, int64_t t, int64_t n_want);
-    void write    (job & j, size_t i_layer, int32_t g, head & h, work & w, const std::vector<uint32_t> & idx);
+    // what runs in the graph's threads, which must not allocate
+    struct input;
+    static void compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, int ith, int nth, void * userdata);
+    void do_head  (const job & j, size_t i_layer, int32_t g, work & w, const input & in);
+    void archive  (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
+    void score    (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in, int64_t q0, int64_t q1, bool last);
+    void candidates(const job & j, const head & h, work & w, int64_t n_cand, std::vector<uint32_t> & res);
+    void ask      (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
+    void choose   (const job & j, head & h, work & w);
+    void survivors(const job & j, head & h, work & w);
+    void write    (const job & j, size_t i_layer, int32_t g, head & h, work & w);
+    void upload   (const job & j, size_t i_layer);
 };

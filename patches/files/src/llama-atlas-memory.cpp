@@ -8,6 +8,7 @@
 #include <cinttypes>
 #include <random>
 #include <stdexcept>
+#include <thread>
 
 // what happens in the memories while a graph is computed, between the queries of a layer and its attention
 
@@ -187,9 +188,27 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
     }
     jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const job & j) { return !j.s->active; }), jobs.end());
 
+    int32_t n_head_kv = 0;
+    int64_t n_q = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
-        ops[i].next   = 0;
-        ops[i].n_done = 0;
+        for (int k = 0; k < 4; ++k) {
+            ops[i].next[k] = 0;
+            ops[i].n_at[k] = 0;
+        }
+        n_head_kv = std::max(n_head_kv, layers[i].n_head_kv);
+        n_q       = std::max<int64_t>(n_q, layers[i].n_rep*layers[i].dk);
+    }
+    int32_t n_rep = 0;
+    for (const auto & l : layers) {
+        n_rep = std::max(n_rep, l.n_rep);
+    }
+    if (items.size() < jobs.size()*n_head_kv) {
+        items.resize(jobs.size()*n_head_kv);
+        for (auto & it : items) {
+            it.q.resize(n_q);
+            it.p.resize(n_rep*pad_lanes((ATLAS_CAND + 1)*n_mem + 2*n_block));
+            it.todo.reserve(n_sink + n_mem);
+        }
     }
 }
 
@@ -230,6 +249,18 @@ void llama_atlas::check() const {
     }
 }
 
+// all threads of the graph are in the operation, so they can wait for each other
+static void wait_for_all(std::atomic<int32_t> & n_at, int nth) {
+    n_at.fetch_add(1, std::memory_order_acq_rel);
+    for (int i = 0; n_at.load(std::memory_order_acquire) < nth; ++i) {
+        if (i > 1000) {
+            std::this_thread::yield();
+        }
+    }
+}
+
+static constexpr int64_t ATLAS_PART = 64; // candidates or cells that a thread takes at a time
+
 void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, int ith, int nth, void * userdata) {
     op & o = *(op *) userdata;
     llama_atlas & a = *o.atlas;
@@ -243,17 +274,94 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
         }
     }
 
-    if ((size_t) ith >= a.works.size()) {
-        return;
-    }
-    work & w = *a.works[ith];
+    // begin() made one for each thread
+    GGML_ASSERT(a.jobs.empty() || (size_t) ith < a.works.size());
+
     const input in = { q, k, v };
     const int32_t n_items = a.jobs.size()*l.n_head_kv;
 
-    for (int32_t i; (i = o.next.fetch_add(1, std::memory_order_relaxed)) < n_items; ) {
-        a.do_head(a.jobs[i/l.n_head_kv], o.i_layer, i % l.n_head_kv, w, in);
+    // fn(item, job, head, part) for the parts of all items
+    const auto for_parts = [&](int phase, const auto & n_parts, const auto & fn) {
+        int32_t i = 0;
+        int64_t first = 0; // part of item i
+        for (int64_t next; i < n_items; ) {
+            next = o.next[phase].fetch_add(1, std::memory_order_relaxed);
+            for (; i < n_items; ++i) {
+                const job & j = a.jobs[i/l.n_head_kv];
+                head & h = j.s->heads[l.head0 + i % l.n_head_kv];
+                const int64_t n = n_parts(i, j, h);
+                if (next < first + n) {
+                    fn(i, j, h, next - first);
+                    break;
+                }
+                first += n;
+            }
+        }
+    };
+    const auto whole = [](int32_t, const job &, head &) -> int64_t { return 1; };
 
-        if (a.staged && o.n_done.fetch_add(1, std::memory_order_acq_rel) == n_items - 1) {
+    bool any_own = false, any = false;
+    for (const auto & j : a.jobs) {
+        any_own = any_own || j.own;
+        any     = any || j.own || j.choose;
+    }
+    if (a.jobs.empty()) {
+        return;
+    }
+    work & w = *a.works[ith];
+
+    int64_t t_start = ggml_time_us();
+
+    for_parts(0, whole, [&](int32_t i, const job & j, head & h, int64_t) {
+        const int32_t g = i % l.n_head_kv;
+        a.archive(j, l, g, h, w, in);
+        a.listen (j, l, g, h, w, in);
+        if (j.own) {
+            a.ask(j, l, g, h, w, a.items[i], in);
+        }
+        if (j.choose) {
+            a.choose(j, h, w);
+            a.place(j, h, w, a.items[i]);
+        }
+    });
+    if (any_own) {
+        w.t_score += ggml_time_us() - t_start;
+        wait_for_all(o.n_at[0], nth);
+        t_start = ggml_time_us();
+        for_parts(1, [](int32_t, const job & j, head & h) -> int64_t {
+            return j.own ? (h.cand.size() + ATLAS_PART - 1)/ATLAS_PART : 0;
+        }, [&](int32_t i, const job &, head & h, int64_t part) {
+            a.ask_part(l, h, w, a.items[i], part*ATLAS_PART, std::min<int64_t>(h.cand.size(), (part + 1)*ATLAS_PART));
+        });
+        w.t_score += ggml_time_us() - t_start;
+        wait_for_all(o.n_at[1], nth);
+        t_start = ggml_time_us();
+        for_parts(2, whole, [&](int32_t i, const job & j, head & h, int64_t) {
+            if (j.own) {
+                a.ask_end(l, h, w, a.items[i]);
+                a.choose(j, h, w);
+                a.place(j, h, w, a.items[i]);
+            }
+        });
+    }
+    w.t_score += ggml_time_us() - t_start;
+    if (!any) {
+        return;
+    }
+
+    wait_for_all(o.n_at[2], nth);
+    t_start = ggml_time_us();
+    for_parts(3, [&](int32_t i, const job &, head &) -> int64_t {
+        return (a.items[i].todo.size() + ATLAS_PART - 1)/ATLAS_PART;
+    }, [&](int32_t i, const job & j, head & h, int64_t part) {
+        const item & it = a.items[i];
+        a.write(j, o.i_layer, i % l.n_head_kv, h, w, it, part*ATLAS_PART, std::min<int64_t>(it.todo.size(), (part + 1)*ATLAS_PART));
+    });
+    w.t_write += ggml_time_us() - t_start;
+
+    if (a.staged) {
+        wait_for_all(o.n_at[3], nth);
+        if (ith == 0) {
             for (const auto & j : a.jobs) {
                 if (j.choose || j.own) {
                     a.upload(j, o.i_layer);
@@ -263,14 +371,8 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
     }
 }
 
-void llama_atlas::do_head(const job & j, size_t i_layer, int32_t g, work & w, const input & in) {
-    const layer & l = layers[i_layer];
-    head & h = j.s->heads[l.head0 + g];
-
-    const int64_t t_start = ggml_time_us();
-
-    archive(j, l, g, h, w, in);
-
+// what the new queries look at counts for the survivors; a few wait until they are enough
+void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, work & w, const input & in) {
     const int64_t t1 = j.t0 + (int64_t) j.rows.size();
 
     if (j.score) {
@@ -287,26 +389,13 @@ void llama_atlas::do_head(const job & j, size_t i_layer, int32_t g, work & w, co
             survivors(j, h, w);
         }
     } else if (n_mem > 0) {
-        float * dst = j.s->wait[i_layer].data();
+        float * dst = j.s->wait[&l - layers.data()].data();
         for (size_t i = 0; i < j.rows.size(); ++i) {
             for (int32_t r = 0; r < l.n_rep; ++r) {
                 const int64_t head = g*l.n_rep + r;
                 memcpy(dst + ((j.n_wait + i)*l.n_head_kv*l.n_rep + head)*l.dk, input::at(in.q, head, j.rows[i]), l.dk*sizeof(float));
             }
         }
-    }
-    if (j.own) {
-        ask(j, l, g, h, w, in);
-    }
-    if (j.choose || j.own) {
-        choose(j, h, w);
-    }
-    const int64_t t_write = ggml_time_us();
-    w.t_score += t_write - t_start;
-
-    if (j.choose || j.own) {
-        write(j, i_layer, g, h, w);
-        w.t_write += ggml_time_us() - t_write;
     }
 }
 
@@ -536,8 +625,8 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
     }
 }
 
-// attention of one token's queries on the archive alone; the candidates are kept for the tokens that follow
-void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work & w, const input & in) {
+// what one token's queries look at in the archive; the candidates are kept for the tokens that follow
+void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in) {
     const seq & s = *j.s;
 
     const int64_t a1 = s.n_win0;
@@ -545,10 +634,9 @@ void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work 
     const int64_t b0 = (j0 - n_sink)/n_block;
     const int64_t b1 = (a1 - n_sink)/n_block;
     const int64_t nb = b1 - b0;
-    const size_t row_k = ggml_row_size(l.k->type, l.dk);
     const int64_t n_cand = ATLAS_CAND*n_mem/n_block;
 
-    float * q = w.qt.data();
+    float * q = it.q.data();
     for (int32_t r = 0; r < l.n_rep; ++r) {
         float * x = q + r*l.dk;
         memcpy(x, input::at(in.q, g*l.n_rep + r, j.rows[0]), l.dk*sizeof(float));
@@ -587,23 +675,33 @@ void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work 
             candidates(j, h, w, n_cand, h.cand);
         }
     }
+}
 
-    // stage 2
-    const int64_t n = h.cand.size();
-    const int64_t n_pad = pad_lanes(n);
-    float * p = w.s.data();
-    for (int64_t i = 0; i < n; i += ATLAS_TILE) {
-        const int64_t m = std::min(ATLAS_TILE, n - i);
+// the exact logits of the candidates [i0, i1)
+void llama_atlas::ask_part(const layer & l, const head & h, work & w, item & it, int64_t i0, int64_t i1) {
+    const size_t row_k = ggml_row_size(l.k->type, l.dk);
+    const int64_t n_pad = pad_lanes(h.cand.size());
+
+    for (int64_t i = i0; i < i1; i += ATLAS_TILE) {
+        const int64_t m = std::min(ATLAS_TILE, i1 - i);
         for (int64_t c = 0; c < m; ++c) {
             atlas_load_row(l.k->type, h.k.data() + row(h.cand[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
         }
-        atlas_dot_few(p + i, n_pad, w.kt.data(), q, m, l.dk, l.n_rep);
+        atlas_dot_few(it.p.data() + i, n_pad, w.kt.data(), it.q.data(), m, l.dk, l.n_rep);
     }
+}
+
+// ... and their share of the attention
+void llama_atlas::ask_end(const layer & l, const head & h, work & w, item & it) {
+    const int64_t n = h.cand.size();
+    const int64_t n_pad = pad_lanes(n);
+
     std::fill(w.rel.begin(), w.rel.begin() + n, 0.0f);
     for (int32_t r = 0; r < l.n_rep; ++r) {
-        atlas_softmax_row(p + r*n_pad, n);
+        float * p = it.p.data() + r*n_pad;
+        atlas_softmax_row(p, n);
         for (int64_t i = 0; i < n; ++i) {
-            w.rel[i] += p[r*n_pad + i];
+            w.rel[i] += p[i];
         }
     }
     w.tok.assign(h.cand.begin(), h.cand.end());
@@ -709,15 +807,9 @@ void llama_atlas::survivors(const job & j, head & h, work & w) {
     h.threshold = n > 0 ? w.ranked[n - 1].first : 0.0f;
 }
 
-// write the sinks' keys and the cells of one head: keys rotated to sit just before the window, in time order
-void llama_atlas::write(const job & j, size_t i_layer, int32_t g, head & h, work & w) {
-    const seq & s = *j.s;
+// give each chosen token a cell, and list the cells that change
+void llama_atlas::place(const job & j, head & h, work & w, item & it) {
     const std::vector<uint32_t> & idx = w.chosen;
-    const layer & l = layers[i_layer];
-
-    const size_t row_k = ggml_row_size(l.k->type, l.dk);
-    const size_t row_v = ggml_row_size(l.v->type, l.dv);
-    const size_t el_v  = ggml_type_size(l.v->type);
 
     // a token that stays keeps its cell, and so its value
     int64_t n_kept = 0;
@@ -736,36 +828,49 @@ void llama_atlas::write(const job & j, size_t i_layer, int32_t g, head & h, work
     }
     h.n_recalled += ((int64_t) idx.size() - n_kept + n_block - 1)/n_block;
 
-    const int64_t kv_size = kv->get_size();
-    float * x = w.kt.data();
+    it.todo.clear();
+    for (int64_t i = 0; i < n_sink && j.slid; ++i) {
+        it.todo.push_back(i*2 + 1);
+    }
     uint32_t next = 0;
-
-    for (int64_t i = 0; i < n_sink + (int64_t) idx.size(); ++i) {
-        const bool is_sink = i < n_sink;
-        const int64_t token = is_sink ? i : idx[i - n_sink];
-
-        bool has_value = is_sink;
-        int64_t at = i; // among the cells
-        if (!is_sink) {
-            uint32_t & slot = w.slot[i - n_sink];
-            has_value = slot != UINT32_MAX;
-            if (!has_value) {
-                while (w.taken[next]) {
-                    next++;
-                }
-                slot = next;
-                w.taken[next] = 1;
+    for (size_t i = 0; i < idx.size(); ++i) {
+        const bool stays = w.slot[i] != UINT32_MAX;
+        if (!stays) {
+            while (w.taken[next]) {
+                next++;
             }
-            at = n_sink + slot;
+            w.slot[i] = next;
+            w.taken[next] = 1;
         }
-        const int64_t cell = s.cells[at];
+        uint32_t & rank = h.rank[w.slot[i]];
+        if (!stays || j.slid || rank != i) {
+            rank = i;
+            it.todo.push_back((n_sink + i)*2 + stays);
+        }
+    }
+    h.idx .assign(idx.begin(), idx.end());
+    h.slot.assign(w.slot.begin(), w.slot.begin() + idx.size());
+}
 
-        if (!j.slid && has_value && (is_sink || h.rank[at - n_sink] == i)) {
-            continue; // it is there
-        }
-        if (!is_sink) {
-            h.rank[at - n_sink] = i;
-        }
+// write listed cells of one head: keys rotated to sit just before the window, in time order, and new values
+void llama_atlas::write(const job & j, size_t i_layer, int32_t g, const head & h, work & w, const item & it, int64_t i0, int64_t i1) {
+    const seq & s = *j.s;
+    const layer & l = layers[i_layer];
+
+    const size_t row_k = ggml_row_size(l.k->type, l.dk);
+    const size_t row_v = ggml_row_size(l.v->type, l.dv);
+    const size_t el_v  = ggml_type_size(l.v->type);
+    const int64_t kv_size = kv->get_size();
+
+    float * x = w.kt.data();
+
+    for (int64_t n = i0; n < i1; ++n) {
+        const int64_t i = it.todo[n]/2;
+        const bool has_value = it.todo[n] % 2;
+
+        const int64_t token = i < n_sink ? i : h.idx[i - n_sink];
+        const int64_t at    = i < n_sink ? i : n_sink + h.slot[i - n_sink]; // among the cells
+        const int64_t cell  = s.cells[at];
 
         atlas_load_row(l.k->type, h.k.data() + row(token)*row_k, x, l.dk);
         if (l.rope >= 0) {
@@ -775,7 +880,7 @@ void llama_atlas::write(const job & j, size_t i_layer, int32_t g, head & h, work
             atlas_hadamard(x, l.dk, kv->n_rot_k);
         }
         uint8_t * dst_k = staged ? j.s->stage_k[i_layer].data() + at*l.k->nb[1]
-                                   : (uint8_t *) l.k->data + j.stream*l.k->nb[2] + cell*l.k->nb[1];
+                                 : (uint8_t *) l.k->data + j.stream*l.k->nb[2] + cell*l.k->nb[1];
         atlas_store_row(l.k->type, x, dst_k + g*row_k, l.dk);
 
         const uint8_t * src_v = h.v.data() + row(token)*row_v;
@@ -792,9 +897,6 @@ void llama_atlas::write(const job & j, size_t i_layer, int32_t g, head & h, work
             }
         }
     }
-
-    h.idx.assign(idx.begin(), idx.end());
-    h.slot.assign(w.slot.begin(), w.slot.begin() + idx.size());
 }
 
 // bring the staged rows of a layer to the device, in runs of neighbouring cells

@@ -235,14 +235,22 @@ private:
     std::vector<seq> seqs;
     std::vector<std::unique_ptr<work>> works; // one per thread
 
+    // one KV head of a job in the layer that is computed
+    struct item {
+        std::vector<float>    q;    // [n_rep][dk]: queries at the common distance
+        std::vector<float>    p;    // [n_rep][n_cand]: their logits
+        std::vector<uint32_t> todo; // what to write: twice the place in the order, plus 1 when the value is there
+    };
+
     // the graph that is computed
     struct op {
         llama_atlas * atlas;
         size_t i_layer;
-        std::atomic<int32_t> next;   // item: a KV head of a job
-        std::atomic<int32_t> n_done;
+        std::atomic<int32_t> next[4]; // work that is not taken yet, per phase
+        std::atomic<int32_t> n_at[4]; // threads that have ended it
     };
-    std::vector<job> jobs;
+    std::vector<job>  jobs;
+    std::vector<item> items;
     std::unique_ptr<op[]> ops; // one per layer
 
     int64_t row(int64_t token) const { return token < n_sink ? token : n_sink + (token - n_sink) % n_cap; }
@@ -258,13 +266,16 @@ private:
     // what runs in the graph's threads, which must not allocate
     struct input;
     static void compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, int ith, int nth, void * userdata);
-    void do_head  (const job & j, size_t i_layer, int32_t g, work & w, const input & in);
-    void archive  (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
-    void score    (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in, int64_t q0, int64_t q1, bool last);
+    void archive   (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
+    void score     (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in, int64_t q0, int64_t q1, bool last);
     void candidates(const job & j, const head & h, work & w, int64_t n_cand, std::vector<uint32_t> & res);
-    void ask      (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
-    void choose   (const job & j, head & h, work & w);
-    void survivors(const job & j, head & h, work & w);
-    void write    (const job & j, size_t i_layer, int32_t g, head & h, work & w);
-    void upload   (const job & j, size_t i_layer);
+    void survivors (const job & j, head & h, work & w);
+    void listen    (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
+    void ask       (const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in);
+    void ask_part  (const layer & l, const head & h, work & w, item & it, int64_t i0, int64_t i1);
+    void ask_end   (const layer & l, const head & h, work & w, item & it);
+    void choose    (const job & j, head & h, work & w);
+    void place     (const job & j, head & h, work & w, item & it);
+    void write     (const job & j, size_t i_layer, int32_t g, const head & h, work & w, const item & it, int64_t i0, int64_t i1);
+    void upload    (const job & j, size_t i_layer);
 };

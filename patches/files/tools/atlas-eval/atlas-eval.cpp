@@ -43,8 +43,10 @@ static const char * usage =
     "        --atlas-cells N     memory cells (half of the context)\n"
     "        --atlas-window N    exact recent tokens (the rest)\n"
     "        --atlas-recall F    share of the cells for recalled blocks (0.5)\n"
-    "        --atlas-refresh N   with --atlas-chunk 1: tokens between two refreshes (1; 16 on a GPU)\n"
-    "        --atlas-chunk N     tokens read at a time: 1 as in an answer, 16 as in a prompt (1)\n"
+    "        --atlas-refresh N   tokens of an answer between two refreshes (1; 16 on a GPU)\n"
+    "        --atlas-chunk N     tokens of a prompt read at a time (16)\n"
+    "        --scored-chunk N    ... of what is scored: 1 as in an answer; with more, the first tokens of a chunk\n"
+    "                            profit from what the later ones recall (1)\n"
     "        --atlas-blend F     attention mass of the memory cells (1)\n"
     "        --atlas-archive-max MiB\n"
     "  -ctk, -ctv TYPE           cache types (f16)\n"
@@ -62,6 +64,7 @@ struct options {
     int32_t n_skip    = -1;
     int32_t n_passage = 400;
     int32_t n_filler  = 800;
+    int32_t n_scored  = 1; // scored tokens read at a time
     int32_t n_gpu     = -1;
     int32_t n_seq     = 1;
     int32_t n_threads = std::max(1u, std::thread::hardware_concurrency());
@@ -74,11 +77,6 @@ struct options {
     std::vector<std::string> texts;
     std::vector<std::pair<std::string, std::string>> copies;
     llama_atlas_params atlas = llama_atlas_default_params();
-
-    options() {
-        // one by one: with more, the first tokens of a chunk profit from what the later ones recall
-        atlas.n_chunk = 1;
-    }
 };
 
 struct test {
@@ -138,6 +136,7 @@ static options parse(int argc, char ** argv) {
         else if (a == "--atlas-window")                { o.atlas.n_window  = to_int(value(a), a, 1, 1 << 24); }
         else if (a == "--atlas-refresh")               { o.atlas.n_refresh = to_int(value(a), a, 1, 4096); }
         else if (a == "--atlas-chunk")                 { o.atlas.n_chunk   = to_int(value(a), a, 1, 4096); }
+        else if (a == "--scored-chunk")                { o.n_scored  = to_int(value(a), a, 1, 4096); }
         else if (a == "--atlas-recall")                { o.atlas.recall    = to_float(value(a), a); }
         else if (a == "--atlas-blend")                 { o.atlas.blend     = to_float(value(a), a); }
         else if (a == "--atlas-archive-max")           { o.atlas.archive_max = to_int(value(a), a, 1, 1 << 30) << 20; }
@@ -270,6 +269,10 @@ static std::vector<double> run(llama_context * ctx, const options & o, const tes
 
     for (int32_t i = 0; i < n; ) {
         int32_t m = std::min(n - i, n_batch);
+        if (mode != "full") {
+            // nll[i] is of token i + 1, so t.first is the first token to be read alone
+            m = i < t.first ? std::min<int32_t>(m, t.first - i) : std::min(m, o.n_scored);
+        }
         for (int32_t s = 0; s < o.n_seq; ++s) {
             m = std::min(m, llama_atlas_prepare(ctx, s, m));
         }
@@ -376,7 +379,7 @@ static void evaluate(llama_model * model, const options & o) {
         p.shuffle = mode == "shuffled";
 
         for (const auto & t : tests) {
-            const int32_t n_batch = mode == "full" ? 256 : atlas.n_chunk;
+            const int32_t n_batch = mode == "full" ? 256 : std::max(atlas.n_chunk, o.n_scored);
             if (!ctx || mode == "full") {
                 ctx.reset();
                 ctx = make_context(model, o, mode == "full" ? nullptr : &p, mode == "full" ? (int32_t) t.tokens.size() : o.n_ctx, n_batch);

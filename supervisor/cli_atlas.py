@@ -265,13 +265,22 @@ def _pyplot() -> Any:
 def _write_png(path: Path, results: Sequence[Json]) -> None:
     pyplot = _pyplot()
     names = list(dict.fromkeys(result["test"] for result in results))
-    figure, axes = pyplot.subplots(max(len(names), 1), squeeze=False, figsize=(8, 3 * max(len(names), 1)))
-    for axis, name in zip(axes[:, 0], names, strict=False):
-        for result in results:
-            if result["test"] == name and result["by_position"]:
-                axis.plot(*zip(*smooth(result["by_position"]), strict=True), label=result["mode"])
-        axis.set(title=name, xlabel="position", ylabel="NLL")
-        axis.legend()
+    rows = max(len(names), 1)
+    figure, axes = pyplot.subplots(rows, 2, squeeze=False, figsize=(12, 3 * rows))
+    for (whole, above), name in zip(axes, names, strict=False):
+        curves = {r["mode"]: smooth(r["by_position"]) for r in results if r["test"] == name and r["by_position"]}
+        full = curves.get("full")
+        for number, (mode, points) in enumerate(curves.items()):
+            whole.plot(*zip(*points, strict=True), label=mode, color=f"C{number}")
+            if full is not None:
+                # modes differ by less than the text does from place to place
+                difference = [(x, y - base) for (x, y), (_, base) in zip(points, full, strict=True)]
+                above.plot(*zip(*difference, strict=True), label=mode, color=f"C{number}")
+        whole.set(title=Path(name).name, xlabel="position", ylabel="NLL")
+        above.set(title="lost against full attention", xlabel="position", ylabel="NLL - full")
+        for axis in (whole, above):
+            if axis.lines:
+                axis.legend()
     figure.tight_layout()
     figure.savefig(path, format="png")
     pyplot.close(figure)

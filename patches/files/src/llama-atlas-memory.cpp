@@ -314,6 +314,7 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
 
     for_parts(0, whole, [&](int32_t i, const job & j, head & h, int64_t) {
         const int32_t g = i % l.n_head_kv;
+        a.items[i].todo.clear();
         a.archive(j, l, g, h, w, in);
         a.listen (j, l, g, h, w, in);
         if (j.own) {

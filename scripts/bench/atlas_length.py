@@ -17,6 +17,9 @@ from common import Json, machine_state, model_file, parser, print_machine, run_m
 
 RISE, WORSE = 0.02, 0.003
 
+END = 2048
+"""The last tokens, which are scored one by one; those before them are read as a prompt."""
+
 
 def main() -> int:
     """Run the benchmark; 0 when the target is met, 1 when it is not."""
@@ -42,7 +45,7 @@ def main() -> int:
     rows: list[Json] = []
     for tokens in given.tokens:
         modes = ["window", "atlas", *(["full"] if tokens <= given.full_up_to else [])]
-        words = ["-c", str(given.cells), "-n", str(tokens), "--modes", ",".join(modes)]
+        words = ["-c", str(given.cells), "-n", str(tokens), "--skip", str(tokens - END), "--modes", ",".join(modes)]
         words += ["--text", f"{where.rpartition(':')[0]}:{starts[tokens]}"]
         words += ["-t", str(given.threads)] if given.threads else []
         for result in evaluate(tool, given.model, words, f"{tokens} tokens, "):
@@ -59,7 +62,7 @@ def main() -> int:
         result |= {"aligned": given.aligned, "rise": rise, "worst_against_window": worse, "met": met}
         print(json.dumps(result | {"machine": {"before": before, "after": machine_state()}}, indent=2))
         return 0 if met else 1
-    print(f"NLL of the last 2048 tokens, {given.model.name}, {given.cells} cells")
+    print(f"NLL of the last {END} tokens, {given.model.name}, {given.cells} cells")
     for row in rows:
         print(f"  {row['tokens']:>7} tokens  {row['mode']:8}{row['tail_nll']:9.4f}  ({row['seconds']:.0f} s)")
     print(f"atlas, {last} over {first} tokens: {rise:+.4f}" + ("" if given.aligned else " (another end of the text)"))

@@ -69,7 +69,6 @@ def _measure(running: Server, where: str, length: int, decode: int) -> Json:
     greedy = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
     running.call("/completion", {"prompt": tokens[:64], "n_predict": 8, **greedy})
     loaded = int(psutil.Process(running.process.pid).memory_info().rss)
-    prefill = _times(running.call("/completion", {"prompt": tokens, "n_predict": 1, **greedy}))
     whole = running.call("/completion", {"prompt": tokens, "n_predict": decode, **greedy})
     times = _times(whole)
     row = {
@@ -84,6 +83,7 @@ def _measure(running: Server, where: str, length: int, decode: int) -> Json:
     row["atlas"] = memory
     row["archive_bytes_per_token"] = memory["bytes"] / max(1, memory["n_archived"])
     # the parts are sums over a request, prompt included: the same prompt alone tells what the decode took
+    prefill = _times(running.call("/completion", {"prompt": tokens, "n_predict": 1, **greedy}))
     row["overhead_of_all"] = {part: times[part] / times["all_ms"] for part in PARTS}
     row["overhead_of_decode"] = {part: (times[part] - prefill[part]) / times["decode_ms"] for part in PARTS}
     return row

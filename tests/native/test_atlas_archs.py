@@ -1,0 +1,64 @@
+"""What each architecture gets: the memory where keys are rotated and kept, else a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Running, Start
+from tiny_models import NAMES, WITHOUT_SLIDING_KEYS, make
+
+PERFORMANCE = {"context_size": 256, "threads": 1}
+REASONS = {
+    "mamba": "recurrent and hybrid models keep their past in a state",
+    "bert": "the model's attention is not causal",
+    "gpt2": "the model's positions are not rotary",
+    "qwen2vl": "M-RoPE positions",
+}
+
+
+def test_every_architecture_without_a_memory_has_its_reason() -> None:
+    assert set(REASONS) == set(WITHOUT_SLIDING_KEYS)
+
+
+async def begin(start: Start, model: Path, enabled: str, *args: str) -> Running:
+    overrides = {model.stem: {"args": ["--parallel", "1", *args]}}
+    sections = {"models": {"overrides": overrides}, "atlas": {"enabled": enabled}, "performance": PERFORMANCE}
+    return await start({model.stem: model}, **sections)
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_has_the_memory(start: Start, tmp_path: Path, name: str) -> None:
+    model = make(tmp_path / f"{name}.gguf", name)
+    running = await begin(start, model, "auto")
+    body = {"prompt": "All that is said. " * 30, "n_predict": 40, "ignore_eos": True, "temperature": 0}
+    status, answer = await running.json("POST", "/completion", body)
+    assert status == 200, answer
+    assert answer["tokens_predicted"] == 40
+    assert answer["atlas"]["active"]
+    assert answer["atlas"]["n_archived"] > 256
+    assert answer["atlas"]["n_recalled"] > 0
+
+
+@pytest.mark.parametrize("name", WITHOUT_SLIDING_KEYS)
+async def test_auto_serves_without_and_says_why(start: Start, short_tmp: Path, tmp_path: Path, name: str) -> None:
+    model = make(tmp_path / f"{name}.gguf", name)
+    running = await begin(start, model, "auto", *(["--embedding"] if name == "bert" else []))
+    if name == "bert":
+        status, answer = await running.json("POST", "/v1/embeddings", {"input": "Hello"})
+    else:
+        status, answer = await running.json("POST", "/completion", {"prompt": "Hello", "n_predict": 4})
+    assert status == 200, answer
+    assert "atlas" not in answer
+    logs = "".join(path.read_text() for path in (short_tmp / "logs").rglob("*") if path.is_file())
+    assert REASONS[name] in logs
+    assert "serving without it" in logs
+
+
+@pytest.mark.parametrize("name", WITHOUT_SLIDING_KEYS)
+async def test_on_is_refused_with_the_reason(start: Start, tmp_path: Path, name: str) -> None:
+    model = make(tmp_path / f"{name}.gguf", name)
+    running = await begin(start, model, "on")
+    status, answer = await running.json("POST", "/completion", {"prompt": "Hello", "n_predict": 4})
+    assert status in (500, 502, 503)
+    assert REASONS[name] in answer["error"]["message"]

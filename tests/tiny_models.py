@@ -12,7 +12,7 @@ from gguf_files import Raw, encode, string, typed
 SSM = {"conv_kernel": 4, "inner_size": 128, "state_size": 8, "time_step_rank": 4}
 EMBD, HEADS, KV_HEADS, HEAD, FF, LAYERS, CONTEXT = 64, 2, 1, 32, 128, 2, 2048
 NAMES = ("llama", "mistral", "phi3", "gemma2", "gemma3", "qwen2", "qwen3")
-WITHOUT_SLIDING_KEYS = ("mamba", "bert", "gpt2", "qwen2vl")
+WITHOUT_MEMORY = ("mamba", "bert", "gpt2", "qwen2vl")
 TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "<|endoftext|>"]
 
 
@@ -76,8 +76,8 @@ def _tensors(arch: str, layers: int) -> dict[str, tuple[int, ...]]:
     return tensors | {f"blk.{i}.{key}": shape for i in range(layers) for key, shape in layer.items()}
 
 
-def make(path: Path, name: str) -> Path:
-    """Write the model `name`; its vocabulary is the bytes."""
+def make(path: Path, name: str, sliding_window: int = 128) -> Path:
+    """Write the model `name`; its vocabulary is the bytes. Gemmas alone slide."""
     arch = "llama" if name == "mistral" else name
     layers = 6 if arch == "gemma3" else LAYERS  # the sixth is its first with attention on everything
     tensors = _tensors(arch, layers)
@@ -88,7 +88,7 @@ def make(path: Path, name: str) -> Path:
     if arch == "mamba":
         own |= {"attention.head_count": 0, "attention.head_count_kv": 0, **{f"ssm.{key}": n for key, n in SSM.items()}}
     if arch.startswith("gemma"):
-        own["attention.sliding_window"] = 128
+        own["attention.sliding_window"] = sliding_window
     fields: dict[str, object] = {"general.architecture": arch, "general.name": name.capitalize()}
     fields |= {f"{arch}.{key}": value for key, value in own.items()}
     fields |= {f"{arch}.attention.layer_norm_{kind}epsilon": 1e-5 for kind in ("", "rms_")}

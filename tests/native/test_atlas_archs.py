@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Running, Start
-from tiny_models import NAMES, WITHOUT_SLIDING_KEYS, make
+from tiny_models import NAMES, WITHOUT_MEMORY, make
 
 PERFORMANCE = {"context_size": 256, "threads": 1}
 REASONS = {
@@ -18,7 +18,7 @@ REASONS = {
 
 
 def test_every_architecture_without_a_memory_has_its_reason() -> None:
-    assert set(REASONS) == set(WITHOUT_SLIDING_KEYS)
+    assert set(REASONS) == set(WITHOUT_MEMORY)
 
 
 async def begin(start: Start, model: Path, enabled: str, *args: str) -> Running:
@@ -27,10 +27,7 @@ async def begin(start: Start, model: Path, enabled: str, *args: str) -> Running:
     return await start({model.stem: model}, **sections)
 
 
-@pytest.mark.parametrize("name", NAMES)
-async def test_has_the_memory(start: Start, tmp_path: Path, name: str) -> None:
-    model = make(tmp_path / f"{name}.gguf", name)
-    running = await begin(start, model, "auto")
+async def check_memory(running: Running) -> None:
     body = {"prompt": "All that is said. " * 30, "n_predict": 40, "ignore_eos": True, "temperature": 0}
     status, answer = await running.json("POST", "/completion", body)
     assert status == 200, answer
@@ -40,7 +37,18 @@ async def test_has_the_memory(start: Start, tmp_path: Path, name: str) -> None:
     assert answer["atlas"]["n_recalled"] > 0
 
 
-@pytest.mark.parametrize("name", WITHOUT_SLIDING_KEYS)
+@pytest.mark.parametrize("name", NAMES)
+async def test_has_the_memory(start: Start, tmp_path: Path, name: str) -> None:
+    await check_memory(await begin(start, make(tmp_path / f"{name}.gguf", name), "auto"))
+
+
+@pytest.mark.xfail(strict=True, reason="the sliding layers' cache is no larger than the context, and nothing leaves it")
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+async def test_sliding_window_that_is_larger_than_the_context(start: Start, tmp_path: Path, name: str) -> None:
+    await check_memory(await begin(start, make(tmp_path / f"{name}.gguf", name, sliding_window=512), "auto"))
+
+
+@pytest.mark.parametrize("name", WITHOUT_MEMORY)
 async def test_auto_serves_without_and_says_why(start: Start, short_tmp: Path, tmp_path: Path, name: str) -> None:
     model = make(tmp_path / f"{name}.gguf", name)
     running = await begin(start, model, "auto", *(["--embedding"] if name == "bert" else []))
@@ -55,7 +63,7 @@ async def test_auto_serves_without_and_says_why(start: Start, short_tmp: Path, t
     assert "serving without it" in logs
 
 
-@pytest.mark.parametrize("name", WITHOUT_SLIDING_KEYS)
+@pytest.mark.parametrize("name", WITHOUT_MEMORY)
 async def test_on_is_refused_with_the_reason(start: Start, tmp_path: Path, name: str) -> None:
     model = make(tmp_path / f"{name}.gguf", name)
     running = await begin(start, model, "on")

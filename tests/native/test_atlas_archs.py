@@ -42,7 +42,6 @@ async def test_has_the_memory(start: Start, tmp_path: Path, name: str) -> None:
     await check_memory(await begin(start, make(tmp_path / f"{name}.gguf", name), "auto"))
 
 
-@pytest.mark.xfail(strict=True, reason="the sliding layers' cache is no larger than the context, and nothing leaves it")
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 async def test_sliding_window_that_is_larger_than_the_context(start: Start, tmp_path: Path, name: str) -> None:
     await check_memory(await begin(start, make(tmp_path / f"{name}.gguf", name, sliding_window=512), "auto"))

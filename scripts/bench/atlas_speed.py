@@ -21,6 +21,9 @@ from common import BenchError, Json, machine_state, model_file, parser, print_ma
 
 FLAT, PREFILL, DECODE = 0.85, 3.0, 10.0
 
+PARTS_UP_TO = 8192
+"""Longest prompt that is read a second time, to tell the parts of the decode time."""
+
 PARTS = ("t_score_ms", "t_write_ms", "t_slide_ms")
 
 
@@ -82,6 +85,8 @@ def _measure(running: Server, where: str, length: int, decode: int) -> Json:
         return row
     row["atlas"] = memory
     row["archive_bytes_per_token"] = memory["bytes"] / max(1, memory["n_archived"])
+    if length > PARTS_UP_TO:
+        return row
     # the parts are sums over a request, prompt included: the same prompt alone tells what the decode took
     prefill = _times(running.call("/completion", {"prompt": tokens, "n_predict": 1, **greedy}))
     row["overhead_of_all"] = {part: times[part] / times["all_ms"] for part in PARTS}
@@ -127,10 +132,11 @@ def _report(rows: list[Json], figures: Json, before: Json, model: str, as_json: 
             f"{head}{row['prompt_per_second']:10.1f}{row['decode_per_second']:10.1f}"
             f"{row['peak_over_resident_mib']:18.0f} MiB"
         )
-        if "atlas" in row:
+        if "overhead_of_decode" in row:
             for of in ("decode", "all"):
                 parts = ", ".join(f"{part[2:-3]} {value:.1%}" for part, value in row[f"overhead_of_{of}"].items())
                 print(f"{'':16}overhead in the time of {of}: {parts}")
+        if "atlas" in row:
             print(f"{'':16}archive: {row['archive_bytes_per_token'] / 1024:.1f} KiB per token")
     for name, value in figures.items():
         if isinstance(value, float):

@@ -19,6 +19,8 @@ import psutil
 from atlas_common import CORPUS, TEXTS, Server, corpus, place, progress
 from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of
 
+from supervisor.models.gguf import read_header
+
 FLAT, PREFILL, DECODE = 0.85, 3.0, 10.0
 
 PARTS_UP_TO = 8192
@@ -52,7 +54,11 @@ def main() -> int:
         lengths = [n for n in given.tokens if mode == "atlas" or n <= given.full_up_to]
         cells = given.cells if mode == "atlas" else max(lengths) + given.decode + 192
         words = ["-c", str(cells), "-t", str(given.threads), "-ub", "512"]
-        words += ["--atlas", *given.atlas.split()] if mode == "atlas" else []
+        if mode == "atlas":
+            words += ["--atlas", *given.atlas.split()]
+        elif cells > (header := read_header(given.model)).context_length:
+            # llama-server holds a request to the context of the training
+            words += ["--override-kv", f"{header.architecture}.context_length=int:{cells}"]
         binary = server if mode == "atlas" else (given.base_server or server)
         for length in lengths:
             progress(f"{mode}, {length} tokens")

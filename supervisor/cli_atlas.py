@@ -1,4 +1,4 @@
-"""Commands about the long-context memory: does it help on this text and model?"""
+"""Commands about the long-context memory: does it help on this text and model, and what is in its files?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -39,7 +40,94 @@ class NoSuchModel(SupervisorError):
 
 @click.group("atlas", epilog=example("atlas eval --model smollm2.gguf --text book.txt"))
 def atlas() -> None:
-    """Measure the long-context memory."""
+    """Measure the long-context memory, look into its files."""
+
+
+folder_argument = click.argument(
+    "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER"
+)
+files_argument = click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE..."
+)
+
+
+@atlas.command("list", epilog=example("atlas list memory"))
+@folder_argument
+@json_option
+def list_files(folder: Path, as_json: bool) -> None:
+    """List the memory files of a folder."""
+    from supervisor import atlas_file  # noqa: PLC0415 (zstandard is slow to import)
+
+    rows: list[Json] = []
+    for path in atlas_file.find(folder):
+        row: Json = {"file": path.name, "bytes": path.stat().st_size, "backups": len(atlas_file.backups(path))}
+        try:
+            header = atlas_file.read(path).header
+            row |= {"tokens": header.session.n_tokens, "saved": header.session.saved}
+            row |= {"model": str(header.model.get("description", ""))}
+        except atlas_file.CorruptMemory as error:
+            row["error"] = str(error)
+        rows.append(row)
+    if as_json:
+        print_json(rows)
+        return
+    cells = [
+        [row["file"], str(row.get("tokens", "-")), f"{row['bytes'] / 1e6:.1f} MB", str(row["backups"])]
+        + ([row["error"]] if "error" in row else [f"{_time(row['saved'])}  {row['model']}"])
+        for row in rows
+    ]
+    table(["FILE", ">TOKENS", ">SIZE", ">BACKUPS", "SAVED"], cells)
+
+
+@atlas.command("inspect", epilog=example("atlas inspect memory/book.atlas --json"))
+@files_argument
+@json_option
+def inspect(files: tuple[Path, ...], as_json: bool) -> None:
+    """Show what memory files say about themselves."""
+    from supervisor import atlas_file  # noqa: PLC0415 (zstandard is slow to import)
+
+    found = [atlas_file.read(path).summary() for path in files]
+    if as_json:
+        print_json(found)
+        return
+    for about in found:
+        session = about["session"]
+        say(f"{about['file']}: {session['n_tokens']} tokens, {session['n_archived']} of them archived")
+        say(f"  model    {about['model'].get('description', '')} ({about['model'].get('hash', '')})")
+        say(f"  created  {_time(session['created'])}, saved {_time(session['saved'])}")
+        say(f"  cells    {about['params'].get('cells')} memory cells, window {about['params'].get('window')}")
+        for purpose, part in about["parts"].items():
+            say(f"  {purpose:8} {part['stored'] / 1e6:.1f} of {part['raw'] / 1e6:.1f} MB in {part['frames']} frames")
+
+
+@atlas.command("verify", epilog=example("atlas verify memory/*.atlas"))
+@files_argument
+@json_option
+def verify(files: tuple[Path, ...], as_json: bool) -> None:
+    """Read memory files completely: exit with 1 when one is corrupt."""
+    from supervisor import atlas_file  # noqa: PLC0415 (zstandard is slow to import)
+
+    results: list[Json] = []
+    for path in files:
+        result: Json = {"file": str(path), "ok": True}
+        try:
+            atlas_file.read(path).verify()
+        except atlas_file.CorruptMemory as error:
+            result |= {"ok": False, "error": str(error)}
+        results.append(result)
+        if not as_json:
+            say(f"{path}: {'ok' if result['ok'] else result['error']}")
+    if as_json:
+        print_json(results)
+    if not all(result["ok"] for result in results):
+        raise SystemExit(1)
+
+
+def _time(unix: int) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix))
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 @atlas.command("eval", epilog=example("atlas eval --model m.gguf --text a.txt --copy passage.txt filler.txt"))

@@ -1,0 +1,162 @@
+"""Memory files (`.atlas`): what is in one, and is it whole? Neither the model nor a running server is needed."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import xxhash
+import zstandard
+
+from supervisor.errors import SupervisorError
+
+MAGIC = b"ATLASMEM"
+VERSION = 1
+FIXED = struct.Struct("<8sII")
+"""Magic, version, size of the header. An XXH64 follows the header."""
+
+HEADER_MAX = 16 << 20
+FRAME_MAX = 64 << 20
+"""Largest frame when decompressed."""
+
+
+class CorruptMemory(SupervisorError):
+    """A memory file that cannot be trusted."""
+
+    code = "memory_corrupt"
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """A piece of the file: what it holds, of which layers, and its sizes."""
+
+    purpose: str
+    layers: list[int]
+    raw: int
+    stored: int
+    shuffle: int
+    xxh64: str
+
+
+class Session(msgspec.Struct, frozen=True):
+    """Whose memory it is."""
+
+    name: str
+    n_tokens: int
+    n_archived: int
+    created: int
+    saved: int
+    last: int = -1
+
+
+class Header(msgspec.Struct, frozen=True):
+    """What a memory file says about itself."""
+
+    format: str
+    model: dict[str, Any]
+    params: dict[str, Any]
+    session: Session
+    frames: list[Frame]
+    build: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """A memory file whose header is right; `verify` reads the rest."""
+
+    path: Path
+    header: Header
+    data: int
+    """Where the first frame starts."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return the header as JSON has it, the frames summed up by purpose."""
+        parts: dict[str, dict[str, int]] = {}
+        for frame in self.header.frames:
+            part = parts.setdefault(frame.purpose, {"frames": 0, "raw": 0, "stored": 0})
+            part["frames"] += 1
+            part["raw"] += frame.raw
+            part["stored"] += frame.stored
+        about: dict[str, Any] = msgspec.to_builtins(self.header)
+        del about["frames"]
+        return {"file": self.path.name, "bytes": self.path.stat().st_size} | about | {"parts": parts}
+
+    def verify(self) -> None:
+        """Read and decompress every frame. Raises `CorruptMemory`."""
+        with self.path.open("rb") as file:
+            file.seek(self.data)
+            for number, frame in enumerate(self.header.frames):
+                self._verify_frame(file, number, frame)
+
+    def _verify_frame(self, file: BinaryIO, number: int, frame: Frame) -> None:
+        stored = file.read(frame.stored)
+        if len(stored) != frame.stored:
+            raise self._corrupt("the file ends too early")
+        if xxhash.xxh64(stored).hexdigest() != frame.xxh64:
+            raise self._corrupt(f"the checksum of frame {number} ({frame.purpose}) is wrong")
+        try:
+            known = zstandard.get_frame_parameters(stored)
+            if known.content_size != frame.raw or not known.has_checksum:
+                raise self._corrupt(f"frame {number} ({frame.purpose}) has another size than the header says")
+            raw = zstandard.ZstdDecompressor().decompress(stored, max_output_size=frame.raw)
+        except zstandard.ZstdError as error:
+            raise self._corrupt(f"frame {number} ({frame.purpose}) cannot be decompressed: {error}") from error
+        if len(raw) != frame.raw:
+            raise self._corrupt(f"frame {number} ({frame.purpose}) is too short")
+
+    def _corrupt(self, what: str) -> CorruptMemory:
+        return CorruptMemory(f"{self.path.name}: corruption: {what}")
+
+
+def read(path: Path) -> MemoryFile:
+    """Read the header of a memory file and check it. Raises `CorruptMemory`, and OSError when it cannot be read."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header, data = _read_header(file, size, path.name)
+    total = data + sum(frame.stored for frame in header.frames)
+    if total != size:
+        raise CorruptMemory(f"{path.name}: corruption: the file has {size} bytes instead of {total}")
+    return MemoryFile(path, header, data)
+
+
+def _read_header(file: BinaryIO, size: int, name: str) -> tuple[Header, int]:
+    def corrupt(what: str) -> CorruptMemory:
+        return CorruptMemory(f"{name}: corruption: {what}")
+
+    fixed = file.read(FIXED.size)
+    if len(fixed) < FIXED.size or not fixed.startswith(MAGIC):
+        raise corrupt("this is no memory file")
+    _, version, length = FIXED.unpack(fixed)
+    if version != VERSION:
+        raise corrupt(f"version {version} of the format is unknown")
+    if length > HEADER_MAX or FIXED.size + length + 8 > size:
+        raise corrupt("the header is longer than the file")
+    text = file.read(length)
+    checksum = file.read(8)
+    if xxhash.xxh64(fixed + text).intdigest().to_bytes(8, "little") != checksum:
+        raise corrupt("the checksum of the header is wrong")
+    try:
+        header = msgspec.json.decode(text, type=Header)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise corrupt(f"the header cannot be understood: {error}") from error
+    for frame in header.frames:
+        if not (0 <= frame.raw <= FRAME_MAX and 0 <= frame.stored <= size):
+            raise corrupt("a frame is larger than allowed")
+    if 4 * header.session.n_tokens != sum(frame.raw for frame in header.frames if frame.purpose == "tokens"):
+        raise corrupt("the number of tokens is wrong")
+    return header, FIXED.size + length + 8
+
+
+def find(folder: Path) -> list[Path]:
+    """Return the memory files of a folder, without backups."""
+    return sorted(path for path in folder.glob("*.atlas") if path.is_file())
+
+
+def backups(path: Path) -> list[Path]:
+    """Return the backups of a memory file, newest first."""
+    pattern = re.compile(re.escape(path.stem) + r"_(\d{1,15})\.atlas\.bak")
+    found = [(int(match[1]), one) for one in path.parent.glob("*.atlas.bak") if (match := pattern.fullmatch(one.name))]
+    return [one for _, one in sorted(found, reverse=True)]

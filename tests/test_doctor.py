@@ -96,7 +96,9 @@ def test_missing_headers_and_tools(config: Config, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(toolchain, "os_family", lambda: "arch")
     monkeypatch.setattr(toolchain, "find_build_tools", lambda tools: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert look(config, "zstd headers").advice == "sudo pacman -S --needed zstd"
+    monkeypatch.setattr(native, "find_server", lambda: None)
+    zstd = look(config, "zstd headers")
+    assert (zstd.status, zstd.advice) == ("fail", "sudo pacman -S --needed zstd")
     assert look(config, "cmake and ninja").status == "warn"
     assert look(config, "ccache").found.startswith("absent")
 

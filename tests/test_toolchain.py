@@ -63,13 +63,13 @@ def test_no_compiler_is_an_error_with_the_command(out: Transcript, monkeypatch: 
         toolchain.ensure_compiler(out.console)
 
 
-def test_no_zstd_is_a_warning(out: Transcript, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_zstd_is_an_error_with_the_command(out: Transcript, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = toolchain.Compiler(Path("/usr/bin/c++"), "c++ 12")
     monkeypatch.setattr(toolchain, "find_compiler", lambda: compiler)
     monkeypatch.setattr(toolchain, "has_zstd", lambda compiler: False)
     monkeypatch.setattr(toolchain, "os_family", lambda: "arch")
-    assert toolchain.ensure_compiler(out.console) is compiler
-    assert "sudo pacman -S --needed zstd" in out.text
+    with pytest.raises(SetupError, match="sudo pacman -S --needed zstd"):
+        toolchain.ensure_compiler(out.console)
 
 
 def test_root_on_debian_gets_what_is_missing(out: Transcript, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,8 @@ def _building() -> Iterator[Check]:
     if toolchain.has_zstd(compiler):
         yield Check("zstd headers", "ok", "present")
     else:
-        yield Check("zstd headers", "warn", "absent", toolchain.install_command(family, "zstd"))
+        status: Status = "warn" if _built() else "fail"
+        yield Check("zstd headers", status, "absent", toolchain.install_command(family, "zstd"))
     tools = toolchain.find_build_tools(cache_root() / "tools")
     later = "nothing to do: `llama-supervisor build` installs its own"
     if tools is None:

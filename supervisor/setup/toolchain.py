@@ -126,7 +126,7 @@ def install_command(family: str, *needs: str) -> str:
 def ensure_compiler(console: Console) -> Compiler:
     """Return the compiler; as root on Debian and its like, missing packages are installed.
 
-    Raises SetupError with the command to type when there is no compiler. Missing zstd headers are a warning.
+    Raises SetupError with the command to type when there is no compiler, or no headers of libzstd.
     """
     family = os_family()
     compiler = find_compiler()
@@ -139,7 +139,7 @@ def ensure_compiler(console: Console) -> Compiler:
     if compiler is None:
         raise SetupError(f"there is no C++ compiler: {install_command(family, *needs)}")
     if "zstd" in needs:
-        say(console, f"warning: the headers of libzstd are missing: {install_command(family, 'zstd')}")
+        raise SetupError(f"the headers of libzstd are missing: {install_command(family, 'zstd')}")
     return compiler
 
 

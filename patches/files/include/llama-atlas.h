@@ -77,7 +77,44 @@ extern "C" {
     // (all of them, or 0 when the new prompt departs before the window, from which there is no way back)
     LLAMA_API int32_t llama_atlas_n_reusable(const struct llama_context * ctx, llama_seq_id seq_id, int32_t n_past);
 
+    // let a sequence's memory choose its cells anew, as if no token had got attention yet
+    LLAMA_API void llama_atlas_forget(struct llama_context * ctx, llama_seq_id seq_id);
+
     LLAMA_API struct llama_atlas_stats llama_atlas_get_stats(const struct llama_context * ctx, llama_seq_id seq_id);
+
+    //
+    // state of a sequence: its memory together with its KV cells
+    //
+
+    // what a piece of the state is made of; the pieces of a part come one after the other
+    enum llama_atlas_part {
+        LLAMA_ATLAS_PART_COUNTERS = 0,
+        LLAMA_ATLAS_PART_CELLS    = 1, // KV cells
+        LLAMA_ATLAS_PART_KEYS     = 2, // of the archive, layer by layer
+        LLAMA_ATLAS_PART_VALUES   = 3,
+        LLAMA_ATLAS_PART_SCORES   = 4, // what is known about the tokens of a layer
+    };
+
+    // takes the next `size` bytes of a state, or fills them in when a state is read; returns false to give up
+    // layer: -1 outside of the archive; stride: the bytes repeat with this period
+    typedef bool (*llama_atlas_state_io)(void * user, enum llama_atlas_part part, int32_t layer, size_t stride, void * data, size_t size);
+
+    enum llama_atlas_state_result {
+        LLAMA_ATLAS_STATE_OK       = 0,
+        LLAMA_ATLAS_STATE_MISMATCH = 1, // it belongs to another model, other cache types, or other parameters of the memory
+        LLAMA_ATLAS_STATE_INVALID  = 2,
+    };
+
+    // write the state of a sequence; it can be read by any context of the same model with the same cache types
+    // on failure the reason is in `text`
+    LLAMA_API enum llama_atlas_state_result llama_atlas_state_write(struct llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_io io, void * user, char * text, size_t n_text);
+
+    // replace a sequence by a state, from which it continues as it would have where the state was written
+    // nothing of what is read is trusted; on failure the sequence is empty
+    LLAMA_API enum llama_atlas_state_result llama_atlas_state_read (struct llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_io io, void * user, char * text, size_t n_text);
+
+    // identifies the model by its vocabulary, tensors, small weights and rotation, wherever its file is
+    LLAMA_API uint64_t llama_atlas_model_hash(const struct llama_context * ctx);
 
 #ifdef __cplusplus
 }

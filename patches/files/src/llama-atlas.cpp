@@ -206,7 +206,7 @@ llama_atlas::~llama_atlas() {
 
 int64_t llama_atlas::first_kept(const seq & s) const {
     const int64_t n_over = s.n_tok - n_sink - n_cap;
-    return n_over <= 0 ? n_sink : n_sink + GGML_PAD(n_over, n_block);
+    return std::max(s.n_lost, n_over <= 0 ? n_sink : n_sink + GGML_PAD(n_over, n_block));
 }
 
 void llama_atlas::reset(seq & s) {
@@ -435,6 +435,18 @@ llama_atlas_stats llama_atlas::stats(llama_seq_id seq_id) const {
     return res;
 }
 
+void llama_atlas::forget(llama_seq_id seq_id) {
+    seq & s = seqs[seq_id];
+    s.n_wait = 0;
+    for (auto & h : s.heads) {
+        std::fill(h.u.begin(), h.u.end(), 0.0f);
+        h.surv.clear();
+        h.cand.clear();
+        h.t_cand    = 0;
+        h.threshold = 0.0f;
+    }
+}
+
 //
 // interface
 //
@@ -565,6 +577,13 @@ int32_t llama_atlas_prepare(llama_context * ctx, llama_seq_id seq_id, int32_t n_
 int32_t llama_atlas_n_reusable(const llama_context * ctx, llama_seq_id seq_id, int32_t n_past) {
     const auto * atlas = ctx->get_atlas();
     return atlas ? atlas->n_reusable(seq_id, n_past) : n_past;
+}
+
+void llama_atlas_forget(llama_context * ctx, llama_seq_id seq_id) {
+    if (auto * atlas = ctx->get_atlas()) {
+        ctx->synchronize();
+        atlas->forget(seq_id);
+    }
 }
 
 llama_atlas_stats llama_atlas_get_stats(const llama_context * ctx, llama_seq_id seq_id) {

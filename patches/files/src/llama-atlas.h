@@ -83,6 +83,13 @@ public:
 
     llama_atlas_stats stats(llama_seq_id seq_id) const;
 
+    void forget(llama_seq_id seq_id);
+
+    // write the state of a sequence or read it, throws on failure; see llama-atlas.h
+    void state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_io fn, void * user, bool load);
+
+    uint64_t model_hash() const;
+
     // called by the KV cache when somebody changes a sequence
     void on_clear();
     void on_seq_rm (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
@@ -155,6 +162,7 @@ private:
         int64_t n_win0 = 0; // the first token of the window; those before it have left
         int64_t n_wait = 0; // of the last tokens: their queries wait to be scored
         int64_t n_rep  = 0; // archive blocks whose mean keys are known
+        int64_t n_lost = 0; // the tokens before it, sinks aside, were not in the archive that was read from a file
         bool    slid   = false; // since the cells were written
 
         std::vector<head> heads;
@@ -262,6 +270,14 @@ private:
     void settle();
     rope_table make_table(const rope & r, const std::vector<int32_t> & pos) const;
     bool find_cells(llama_seq_id seq_id, std::vector<uint32_t> & res) const;
+
+    // parts of state()
+    struct state_io;
+    void state_counters(state_io & io, seq & s);
+    void state_cells   (state_io & io, seq & s, llama_kv_cache & cache, llama_seq_id seq_id);
+    void state_layer   (state_io & io, seq & s, size_t i_layer);
+    void state_rows    (state_io & io, const seq & s, ggml_type type, int64_t n_values, void * data, int64_t first);
+    void state_resume  (seq & s, llama_seq_id seq_id);
 
     // what runs in the graph's threads, which must not allocate
     struct input;

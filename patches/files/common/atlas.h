@@ -14,6 +14,13 @@ struct common_params_atlas {
     bool automatic = false; // --atlas-auto: serve without it then
 
     llama_atlas_params params = llama_atlas_default_params();
+
+    std::string memory_dir;       // folder of the memory files, empty: none
+    std::string memory_file;      // name of the memory that persists, empty: <model>_memory
+    bool        persist   = false;
+    int32_t     auto_save = 300;  // seconds
+    int32_t     n_backup  = 3;
+    int32_t     level     = 1;    // of zstd
 };
 
 // Choose the context and the parameters of the memory for a loaded model, log them with the reasons, and put them into

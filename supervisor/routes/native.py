@@ -50,13 +50,27 @@ POST_ROUTES = [
     "/slots/{id_slot}",
     "/tools",
     "/cors-proxy",
+    "/v1/atlas/memory/save",
+    "/v1/atlas/memory/load",
 ]
-"""POST routes of llama-server b11434, as `tools/server/server.cpp` registers them."""
+"""POST routes of llama-server b11434, as `tools/server/server.cpp` registers them, and those of the memory."""
 
-GET_ROUTES = ["/props", "/lora-adapters", "/slots", "/metrics", "/tools", "/cors-proxy"]
+GET_ROUTES = [
+    "/props",
+    "/lora-adapters",
+    "/slots",
+    "/metrics",
+    "/tools",
+    "/cors-proxy",
+    "/v1/atlas/status",
+    "/v1/atlas/memory",
+    "/v1/atlas/memory/info",
+]
 """GET routes of llama-server; those in `OBSERVING` never start a model."""
 
-OBSERVING = frozenset(["/slots", "/metrics"])
+DELETE_ROUTES = ["/v1/atlas/memory", "/v1/atlas/memory/reset"]
+
+OBSERVING = frozenset(["/slots", "/metrics", "/v1/atlas/status"])
 
 _LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 _FALSE = frozenset(["0", "false", "no", "off"])
@@ -155,5 +169,7 @@ def add(app: web.Application) -> None:
         app.router.add_post(path, pass_through)
     for path in GET_ROUTES:
         app.router.add_get(path, pass_through)
-    for path in sorted({*POST_ROUTES, *GET_ROUTES}):
+    for path in DELETE_ROUTES:
+        app.router.add_delete(path, pass_through)
+    for path in sorted({*POST_ROUTES, *GET_ROUTES, *DELETE_ROUTES}):
         app.router.add_options(path, preflight)

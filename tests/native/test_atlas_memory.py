@@ -1,0 +1,263 @@
+"""Memory that survives on the real server: sessions, their files, and what happens when those are bad."""
+
+from __future__ import annotations
+
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from supervisor import atlas_file
+
+ROOT = Path(__file__).parents[2]
+DOCS = "".join((ROOT / "docs" / name).read_text() for name in ("design.md", "api.md", "cli.md"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "memory"
+    made.mkdir()
+    return made
+
+
+def sections(folder: Path, *args: str, slots: int = 1, context: int = 512) -> dict[str, Any]:
+    own = ["--parallel", str(slots), "--atlas-memory-dir", str(folder), *args]
+    return {
+        "atlas": {"enabled": "on", "archive_max_mb": 512},
+        "performance": {"context_size": context * slots, "threads": 2},
+        "models": {"overrides": {"small": {"args": own}}},
+    }
+
+
+async def complete(running, prompt: str, tokens: int = 8, **atlas: Any):
+    body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    return await running.json("POST", "/completion", body | ({"atlas": atlas} if atlas else {}))
+
+
+async def restart(running) -> None:
+    """Stop the child; the next request starts it again."""
+    status, _ = await running.json("POST", "/models/unload", {"model": "small"})
+    assert status == 200
+    while await running.state("small") not in ("unloaded", "absent"):
+        pass
+
+
+@pytest.mark.parametrize("types", [[], ["-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on"], ["-fa", "off"]])
+async def test_a_session_goes_on_after_a_restart_as_without_one(start, smollm2, folder, types):
+    running = await start({"small": smollm2}, **sections(folder, *types))
+    text = DOCS[:4000]
+    question = "\n\nIn short, the above says that"
+
+    status, read = await complete(running, text, tokens=1, memory_file="book")
+    assert status == 200
+    assert read["atlas"]["memory_file"] == "book"
+    assert read["atlas"]["n_archived"] > 512
+    assert read["atlas"]["saved"]["bytes"] == (folder / "book.atlas").stat().st_size
+    await complete(running, "", tokens=1)  # another request takes the slot
+    status, first = await complete(running, question, tokens=64, memory_file="book", save_memory=False)
+    assert status == 200
+    assert first["timings"]["prompt_n"] < 32
+
+    # the state as it was after the text, without what the question added
+    await running.json("DELETE", "/v1/atlas/memory/reset", {"reset_type": "hard"})
+    await restart(running)
+    status, second = await complete(running, question, tokens=64, memory_file="book")
+    assert status == 200
+    assert second["timings"]["prompt_n"] < 32
+    assert second["tokens"] == first["tokens"]
+
+    # and as without any file
+    await running.json("DELETE", "/v1/atlas/memory?file=book")
+    _, read = await complete(running, text, tokens=1, memory_file="fresh")
+    _, third = await complete(running, question, tokens=64, memory_file="fresh")
+    assert third["timings"]["prompt_n"] < 32
+    assert third["tokens"] == first["tokens"]
+
+    atlas_file.read(folder / "fresh.atlas").verify()
+
+
+async def test_sessions_are_isolated_and_pushed_out_of_the_slot(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    prompts = {"a": "My name is Ada and I like", "b": "The capital of France is"}
+    alone = {}
+    for name, prompt in prompts.items():
+        _, answer = await complete(running, prompt, memory_file=f"alone-{name}")
+        _, more = await complete(running, " and then", memory_file=f"alone-{name}")
+        alone[name] = answer["tokens"], more["tokens"]
+    mixed: dict[str, list[Any]] = {"a": [], "b": []}
+    for name, prompt in prompts.items():
+        _, answer = await complete(running, prompt, memory_file=name)
+        mixed[name].append(answer["tokens"])
+    for name in prompts:
+        _, answer = await complete(running, " and then", memory_file=name)
+        mixed[name].append(answer["tokens"])
+    assert {name: tuple(both) for name, both in mixed.items()} == alone
+
+    # a request without a session starts from nothing, although its prompt begins as a session does
+    _, plain = await complete(running, prompts["b"])
+    assert plain["timings"]["cache_n"] == 0
+    assert "memory_file" not in plain["atlas"]
+
+
+async def test_a_session_that_is_sent_again_is_not_appended(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    messages = [{"role": "user", "content": "Name three colours."}]
+    body = {"messages": messages, "max_tokens": 16, "temperature": 0, "atlas": {"memory_file": "chat.atlas"}}
+    _, one = await running.json("POST", "/v1/chat/completions", body)
+    tokens = one["atlas"]["n_tokens"]
+    messages += [one["choices"][0]["message"], {"role": "user", "content": "Name another."}]
+    _, two = await running.json("POST", "/v1/chat/completions", body)
+    assert two["usage"]["prompt_tokens"] < 2 * tokens
+    assert two["usage"]["prompt_tokens_details"]["cached_tokens"] >= tokens - 1
+    # the same prompt as the first: a beginning of the session; forced, it is appended
+    body["messages"] = messages[:1]
+    _, again = await running.json("POST", "/v1/chat/completions", body)
+    assert again["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+    body["atlas"] = {"memory_file": "chat", "append": True}
+    _, more = await running.json("POST", "/v1/chat/completions", body)
+    assert more["usage"]["prompt_tokens"] > one["usage"]["prompt_tokens"] + tokens - 4
+
+
+async def test_routes(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder, slots=2))
+    status, answer = await running.json("GET", "/v1/atlas/memory?model=small")
+    assert (status, answer) == (200, {"files": []})
+    await complete(running, "Once upon a time", memory_file="tale", save_memory=False)
+    status, answer = await running.json("GET", "/v1/atlas/status")
+    assert status == 200
+    assert [slot["memory_file"] for slot in answer["slots"] if slot["memory_file"]] == ["tale"]
+    assert not (folder / "tale.atlas").exists()
+
+    status, saved = await running.json("POST", "/v1/atlas/memory/save", {"filename": "tale"})
+    assert status == 200
+    status, info = await running.json("GET", "/v1/atlas/memory/info?file=tale")
+    assert status == 200
+    assert info["compatible"] and info["n_tokens"] == saved["n_tokens"] and info["bytes"] == saved["bytes"]
+    status, loaded = await running.json("POST", "/v1/atlas/memory/load", {"filename": "tale", "slot": 1})
+    assert (status, loaded["slot"], loaded["n_tokens"]) == (200, 1, saved["n_tokens"])
+    status, _ = await running.json("DELETE", "/v1/atlas/memory/reset", {"reset_type": "soft", "slot": 1})
+    assert status == 200
+    status, answer = await running.json("DELETE", "/v1/atlas/memory?file=tale")
+    assert (status, answer["deleted"]) == (200, 1)
+    assert not (folder / "tale.atlas").exists()
+
+    for method, path, body, expected in [
+        ("GET", "/v1/atlas/memory/info?file=tale", None, 404),
+        ("POST", "/v1/atlas/memory/load", {"filename": "tale"}, 404),
+        ("POST", "/v1/atlas/memory/load", {"filename": "../tale"}, 400),
+        ("POST", "/v1/atlas/memory/load", {"filename": "/etc/passwd"}, 400),
+        ("POST", "/v1/atlas/memory/load", {}, 400),
+        ("POST", "/v1/atlas/memory/save", {"filename": ".tale"}, 400),
+        ("POST", "/v1/atlas/memory/save", {"filename": "a" * 129}, 400),
+        ("POST", "/v1/atlas/memory/save", {"filename": 1}, 400),
+        ("POST", "/v1/atlas/memory/save", {"filename": "x", "slot": "1"}, 400),
+        ("POST", "/v1/atlas/memory/save", {"filename": "x", "slot": 9}, 404),
+        ("DELETE", "/v1/atlas/memory", None, 400),
+        ("DELETE", "/v1/atlas/memory/reset", {"reset_type": "none"}, 400),
+    ]:
+        status, answer = await running.json(method, path, body)
+        assert status == expected, (path, body, answer)
+        assert answer["error"]["code"] == expected
+
+
+async def test_wrong_fields(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    for atlas, param in [
+        ([], "atlas"),
+        ({"enabled": 1}, "atlas.enabled"),
+        ({"memory_file": "../x"}, "atlas.memory_file"),
+        ({"memory_file": ""}, "atlas.memory_file"),
+        ({"memory_file": "a/b"}, "atlas.memory_file"),
+        ({"memory_file": 7}, "atlas.memory_file"),
+        ({"memory_file": "x", "reset": "all"}, "atlas.reset"),
+        ({"memory_file": "x", "save_memory": "yes"}, "atlas.save_memory"),
+        ({"reset": "hard"}, "atlas.memory_file"),
+        ({"memory": "x"}, "atlas.memory"),
+    ]:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "atlas": atlas}
+        status, answer = await running.json("POST", "/v1/chat/completions", body)
+        assert status == 400
+        error = answer["error"]
+        assert (error["type"], error["param"], error["code"]) == ("atlas_parameter_error", param, 400)
+
+
+async def test_without_memory_the_context_is_the_limit(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    status, answer = await complete(running, DOCS[:3000], enabled=False)
+    assert status == 400
+    assert answer["error"]["type"] == "exceed_context_size_error"
+    status, answer = await complete(running, DOCS[:1200], tokens=600, enabled=False)
+    assert status == 200
+    assert answer["stop_type"] == "limit" and answer["atlas"]["n_archived"] == 0
+    assert answer["tokens_evaluated"] + answer["tokens_predicted"] == 512
+
+
+def with_header(data: bytes, change) -> bytes:
+    """Return a memory file with another header, its checksum right."""
+    size = struct.unpack_from("<I", data, 12)[0]
+    header = change(data[16 : 16 + size])
+    head = data[:12] + struct.pack("<I", len(header)) + header
+    return head + xxhash.xxh64(head).intdigest().to_bytes(8, "little") + data[24 + size :]
+
+
+async def test_bad_files(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder, "--atlas-memory-backup-count", "1"))
+    await complete(running, DOCS[:1800], memory_file="good")
+    await running.json("DELETE", "/v1/atlas/memory/reset", {"reset_type": "hard"})
+    good = (folder / "good.atlas").read_bytes()
+    rng = random.Random(1)
+
+    bad = [b"", b"ATLASMEM", good[:-1], good + b"x", b"ATLASMEN" + good[8:], good[:8] + b"\2" + good[9:]]
+    bad += [good[: len(good) * i // 40] for i in range(1, 40)]
+    bad += [good[:12] + struct.pack("<I", size) + good[16:] for size in (0, 1 << 24, 0xFFFFFFFF)]
+    for _ in range(60):
+        at = rng.randrange(len(good))
+        bad.append(good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :])
+    for old, new in [
+        (b'"n_tokens":', b'"n_tokens":9'),
+        (b'"n_tokens":', b'"n_tokens":-'),
+        (b'"raw":', b'"raw":99999999999'),
+        (b'"stored":', b'"stored":1'),
+        (b'"frames":[', b'"frames":[[],'),
+        (b'"session":', b'"sessions":'),
+        (b"{", b"["),
+    ]:
+        bad.append(with_header(good, lambda header, old=old, new=new: header.replace(old, new)))
+    for data in bad:
+        (folder / "bad.atlas").write_bytes(data)
+        with pytest.raises(atlas_file.CorruptMemory):
+            atlas_file.read(folder / "bad.atlas").verify()
+        status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "bad"})
+        assert status == 400, answer
+        assert "corruption" in answer["error"]["message"]
+    status, answer = await complete(running, "Hello", memory_file="bad")
+    assert status == 400 and "corruption" in answer["error"]["message"]
+
+    other = with_header(good, lambda header: header.replace(b'"hash":"', b'"hash":"0'))
+    (folder / "other.atlas").write_bytes(other)
+    status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "other"})
+    assert status == 409
+    _, files = await running.json("GET", "/v1/atlas/memory")
+    compatible = {one["file"]: one["compatible"] for one in files["files"]}
+    assert compatible == {"bad.atlas": False, "good.atlas": True, "other.atlas": False}
+
+    # the newest good backup takes the place of a file that is corrupt
+    await complete(running, " and so", memory_file="good")
+    (folder / "good.atlas").write_bytes(b"nothing")
+    await running.json("DELETE", "/v1/atlas/memory/reset", {"reset_type": "hard"})
+    status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "good"})
+    assert status == 200
+    assert answer["backup"].startswith("good_")
+    assert (folder / answer["backup"]).read_bytes() == good
+
+
+async def test_the_memory_of_the_last_request_persists(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder, "--atlas-memory-persist"))
+    _, answer = await complete(running, DOCS[:4000])
+    await restart(running)
+    assert (folder / "small_memory.atlas").exists()
+    _, again = await complete(running, DOCS[:4000] + answer["content"] + " and")
+    assert again["timings"]["prompt_n"] < 32

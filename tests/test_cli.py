@@ -66,7 +66,8 @@ def test_examples_parse(path: tuple[str, ...], command: click.Command) -> None:
         words = line[1 : line.index(">")] if ">" in line else line[1:]
         if "--source" in words:
             words[words.index("--source") + 1] = str(ROOT)
-        words = [str(ROOT / "README.md") if word.endswith(".txt") else word for word in words]  # must exist
+        words = [str(ROOT / "README.md") if word.endswith((".txt", ".atlas")) else word for word in words]
+        words = [str(ROOT) if word == "memory" else word for word in words]  # they must exist
         assert words[: len(path)] == list(path)
         if not isinstance(command, click.Group):
             command.make_context(path[-1], words[len(path) :])

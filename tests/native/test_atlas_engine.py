@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 LONG = "--text TEXT -c 256 -n 640 --atlas-chunk 16"
 SHORT = "--text TEXT -c 256 -n 512 --atlas-chunk 16"
-SAME = "--text TEXT -c 256 -n 304 --skip 260 --modes atlas"
+SAME = "--text TEXT -c 256 -n 304 --skip 260 --atlas-chunk 1 --modes atlas"
 THREADS = "--text TEXT -c 256 --atlas-cells 64 --atlas-window 64 -n 200 --skip 140 --atlas-chunk 16 --modes atlas"
 BEYOND = "--text TEXT:9000 --text TEXT:20000 --atlas-cells 176 --atlas-window 76 -n 289 --skip 256 --atlas-chunk 16"
 RUNS = {
@@ -71,7 +71,7 @@ def evaluate(command: list[str]) -> list[dict[str, Any]]:
 def runs(native_server: Path, smollm2: Path, gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     folder = tmp_path_factory.mktemp("texts")
     words = {"GEMMA": str(gemma3)}
-    sources = {"TEXT": sorted((ROOT / "docs").glob("*.md")), "PASSAGE": [ROOT / "README.md"]}
+    sources = {"TEXT": [ROOT / "tests" / "data" / "text.txt"], "PASSAGE": [ROOT / "README.md"]}
     sources["FILLER"] = [ROOT / "docs" / "design.md", ROOT / "LICENSE"]
     for name, paths in sources.items():
         (folder / name).write_text("".join(path.read_text() for path in paths))

@@ -19,10 +19,10 @@ def tiny(tmp_path: Path) -> Path:
     return make(tmp_path / "tiny.gguf", "llama")
 
 
-async def begin(start: Start, tiny: Path, slots: int = 1, **atlas: Any) -> Running:
-    models = {"overrides": {"tiny": {"args": ["--parallel", str(slots)]}}}
+async def begin(start: Start, model: Path, slots: int = 1, **atlas: Any) -> Running:
+    models = {"overrides": {model.stem: {"args": ["--parallel", str(slots)]}}}
     performance = {"context_size": 256 * slots, "threads": 1}
-    return await start({"tiny": tiny}, models=models, performance=performance, atlas=ATLAS | atlas)
+    return await start({model.stem: model}, models=models, performance=performance, atlas=ATLAS | atlas)
 
 
 async def complete(running: Running, prompt: str, slot: int = 0, tokens: int = 16) -> dict[str, Any]:
@@ -74,13 +74,14 @@ async def test_full_archive_of_one_slot_leaves_the_other_alone(start: Start, tin
     assert other["tokens"] == alone["tokens"]
 
 
-async def test_slots_of_different_length_answer_as_if_alone(start: Start, tiny: Path) -> None:
-    running = await begin(start, tiny, slots=2, archive_max_mb=16)
+async def test_slots_of_different_length_answer_as_if_alone(start: Start, smollm2: Path) -> None:
+    # a trained model on texts that go on in one way: rows of a batch may differ in the last bits
+    running = await begin(start, smollm2, slots=2, archive_max_mb=512)
     prompts = [SHORT, LONG]
-    alone = [await complete(running, prompt, slot, tokens=64) for slot, prompt in enumerate(prompts)]
-    together = await asyncio.gather(*(complete(running, prompt, slot, 64) for slot, prompt in enumerate(prompts)))
-    assert [answer["tokens"] for answer in together] == [answer["tokens"] for answer in alone]
-    assert [answer["atlas"]["n_archived"] > 1024 for answer in together] == [False, True]
+    alone = [await complete(running, prompt, slot, tokens=48) for slot, prompt in enumerate(prompts)]
+    together = await asyncio.gather(*(complete(running, prompt, slot, 48) for slot, prompt in enumerate(prompts)))
+    assert [answer["content"] for answer in together] == [answer["content"] for answer in alone]
+    assert [answer["atlas"]["n_archived"] > 256 for answer in together] == [False, True]
 
 
 @pytest.mark.parametrize(

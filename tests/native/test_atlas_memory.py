@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 
 import pytest
 import xxhash
+import zstandard
 
 from supervisor import atlas_file
 
 ROOT = Path(__file__).parents[2]
 DOCS = "".join((ROOT / "docs" / name).read_text() for name in ("design.md", "api.md", "cli.md"))
+
+
+KINDS = ("tokens", "counters", "cells", "keys", "values", "scores")
 
 
 @pytest.fixture
@@ -252,6 +257,54 @@ async def test_bad_files(start, smollm2, folder):
     assert status == 200
     assert answer["backup"].startswith("good_")
     assert (folder / answer["backup"]).read_bytes() == good
+
+
+def with_raw(data: bytes, number: int, change) -> bytes:
+    """Return a memory file with other content in one frame, all checksums right."""
+    size = struct.unpack_from("<I", data, 12)[0]
+    header = json.loads(data[16 : 16 + size])
+    frames = header["frames"]
+    at = 24 + size + sum(frame["stored"] for frame in frames[:number])
+    old = data[at : at + frames[number]["stored"]]
+    raw = change(bytearray(zstandard.decompress(old)))
+    new = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(raw))
+    frames[number] |= {"raw": len(raw), "stored": len(new), "xxh64": xxhash.xxh64(new).hexdigest()}
+    return with_header(data[:at] + new + data[at + len(old) :], lambda _: json.dumps(header).encode())
+
+
+async def test_hostile_states_with_right_checksums(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    await complete(running, DOCS[:2400], memory_file="good")
+    good = (folder / "good.atlas").read_bytes()
+    size = struct.unpack_from("<I", good, 12)[0]
+    frames = json.loads(good[16 : 16 + size])["frames"]
+    rng = random.Random(2)
+
+    def hostile(raw: bytearray) -> bytearray:
+        how = rng.randrange(6)
+        if how == 0:
+            return raw[: rng.randrange(len(raw))]
+        if how == 1:
+            return raw + raw[:64]
+        at = rng.randrange(max(1, len(raw) - 8))
+        word = [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\xc0\x7f", rng.randbytes(4)][how - 2]
+        raw[at : at + 4] = word
+        return raw
+
+    numbers = {kind: [n for n, frame in enumerate(frames) if frame["purpose"] == kind] for kind in KINDS}
+    results = []
+    for _ in range(150):
+        number = rng.choice(numbers[rng.choice(KINDS)])
+        (folder / "hostile.atlas").write_bytes(with_raw(good, number, hostile))
+        status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "hostile"})
+        assert status in (200, 400, 409), answer
+        results.append(status)
+        if status == 200:  # the change was harmless: the session goes on
+            status, _ = await complete(running, " so", tokens=2, memory_file="hostile", save_memory=False)
+            assert status == 200
+    assert results.count(400) > 30
+    _, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "good"})
+    assert answer["n_tokens"] > 0
 
 
 async def test_the_memory_of_the_last_request_persists(start, smollm2, folder):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
-from common import BenchError, Json, free_port, wait_for
+from common import BenchError, Json, end, free_port, wait_for
 
 # Texts
 
@@ -179,12 +179,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process, 10)
         self.log.close()
 
     def _healthy(self) -> bool:

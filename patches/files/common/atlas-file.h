@@ -5,11 +5,16 @@
 #include "llama-atlas.h"
 
 #include <cstdint>
+#include <cstdio>
+#include <deque>
+#include <future>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
-// A sequence with its long-context memory in a file, so that it survives the process.
+// The format of a memory file: a sequence with its long-context memory.
 //
 //   "ATLASMEM" | u32 version | u32 size of the header | header | u64 XXH64 of all before | frames
 //
@@ -23,47 +28,103 @@ struct common_atlas_error : std::runtime_error {
     common_atlas_error(int status, const std::string & message) : std::runtime_error(message), status(status) {}
 };
 
-struct common_atlas_session {
-    std::vector<llama_token> tokens;               // those in the sequence
-    llama_token              last = LLAMA_TOKEN_NULL; // was sampled after them, but not evaluated
-    int64_t                  created = 0;          // unix time
+common_atlas_error atlas_corrupt (const std::string & what);
+common_atlas_error atlas_io_error(const std::string & what, const std::string & path); // as errno has it
+
+std::string atlas_hex64(uint64_t x);
+
+uint64_t atlas_read_le (const uint8_t * p, int n);
+void     atlas_write_le(uint8_t * p, uint64_t x, int n);
+
+struct atlas_file_deleter {
+    void operator()(FILE * f) const { fclose(f); }
+};
+using atlas_file_ptr = std::unique_ptr<FILE, atlas_file_deleter>;
+
+// a piece of the file
+struct atlas_frame {
+    std::string purpose;
+    int32_t     layer = -1;
+    size_t      stride = 1; // period of the byte shuffle
+    size_t      raw    = 0;
+    size_t      stored = 0;
+    uint64_t    hash   = 0;
+
+    static atlas_frame tokens();
+    static atlas_frame of(llama_atlas_part part, int32_t layer, size_t stride);
+
+    bool same_kind(const atlas_frame & other) const {
+        return purpose == other.purpose && layer == other.layer && stride == other.stride;
+    }
 };
 
-// the folder of the memory files of one context
-class common_atlas_store {
+// compresses frames in other threads, and writes them in their order; these throw common_atlas_error
+class atlas_writer {
 public:
-    common_atlas_store(llama_context * ctx, std::string dir, int32_t n_backup, int32_t level);
+    // a header of up to n_header bytes comes before the frames; raw_max: of all of them
+    atlas_writer(const std::string & path, const common_json & header, size_t n_layer, size_t raw_max, int32_t level);
 
-    // [A-Za-z0-9._-]{1,128}, not starting with a dot; a trailing .atlas does not count
-    static bool name_ok(const std::string & name);
-    static std::string session_name(const std::string & name);
+    void add(const atlas_frame & kind, const void * src, size_t size);
 
-    bool exists(const std::string & name) const; // the file or a backup
+    // ends the frames, writes the header with their table, and brings the file to the disk; returns it without the table
+    common_json finish(common_json header);
 
-    // these throw common_atlas_error and return what the file says about itself
+    // llama_atlas_state_io; `error` says why it returned false
+    static bool io(void * user, llama_atlas_part part, int32_t layer, size_t stride, void * src, size_t size);
 
-    // the file is complete or the old one stays, which becomes a backup
-    common_json save(const std::string & name, llama_seq_id seq_id, const common_atlas_session & session);
-
-    // tries the backups, newest first, when the file is missing or corrupt; on failure the sequence is empty
-    common_json load(const std::string & name, llama_seq_id seq_id, common_atlas_session & session);
-
-    common_json info(const std::string & name) const;
-    common_json list() const;
-
-    // the number of files that were deleted
-    int32_t remove(const std::string & name) const;
+    std::string error;
 
 private:
-    llama_context * ctx;
-    std::string dir;
-    std::string model_hash;
-    int32_t     n_backup;
-    int32_t     level;
+    std::string path;
+    atlas_file_ptr f;
+    int32_t level;
+    size_t n_header;
+    std::vector<atlas_frame> frames;
 
-    std::string path(const std::string & name) const;
-    std::vector<std::string> backups(const std::string & name) const; // newest first
+    atlas_frame cur;
+    std::vector<uint8_t> data;
 
-    common_json load_file(const std::string & path, llama_seq_id seq_id, common_atlas_session & session);
-    common_json describe (const std::string & path) const;
+    using result = std::pair<atlas_frame, std::vector<uint8_t>>;
+    std::deque<std::future<result>> pending;
+
+    static result pack(atlas_frame frame, std::vector<uint8_t> raw, int32_t level);
+    void drain(size_t n_left);
+    void flush();
+};
+
+// checks all that a file says before it is used; these throw common_atlas_error
+class atlas_reader {
+public:
+    explicit atlas_reader(const std::string & path);
+
+    common_json header; // without the table of the frames
+
+    size_t n_frames() const { return frames.size(); }
+
+    void take(const atlas_frame & kind, void * dst, size_t size);
+    bool at_end() const { return used == data.size() && n_done == frames.size(); }
+
+    // llama_atlas_state_io; `error` says why it returned false
+    static bool io(void * user, llama_atlas_part part, int32_t layer, size_t stride, void * dst, size_t size);
+
+    std::string error;
+
+    // a number of the header, 0..max
+    static int64_t number(const common_json & x, int64_t max);
+
+private:
+    atlas_file_ptr f;
+    std::vector<atlas_frame> frames;
+
+    size_t next = 0; // frame to be read from the file
+    std::deque<std::future<std::vector<uint8_t>>> pending;
+
+    atlas_frame cur;
+    std::vector<uint8_t> data;
+    size_t used   = 0;
+    size_t n_done = 0;
+
+    bool get(void * dst, size_t size) { return fread(dst, 1, size, f.get()) == size; }
+    static std::vector<uint8_t> unpack(const atlas_frame & frame, std::vector<uint8_t> stored);
+    void advance(const atlas_frame & kind);
 };

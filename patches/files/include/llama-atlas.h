@@ -30,7 +30,7 @@ extern "C" {
         int32_t n_refresh;   // the cells are filled anew every n_refresh tokens of an answer; < 0: as often as the place of the cache allows
         int32_t n_chunk;     // largest number of prompt tokens in a batch while the window slides
         float   blend;       // attention mass of the memory cells, 0..1 (0: written but not read, 1: natural)
-        int64_t archive_max; // bytes for the archives of all sequences; 0: half of the free memory
+        int64_t archive_max; // bytes for the archives of all sequences; 0: a quarter of the machine's
         uint32_t shuffle;    // for measurements: fill the cells with random tokens, drawn with this seed; 0: off
     };
 

@@ -343,7 +343,6 @@ void llama_atlas::state_rows(state_io & io, const seq & s, ggml_type type, int64
 
 void llama_atlas::state_layer(state_io & io, seq & s, size_t i_layer) {
     const layer & l = layers[i_layer];
-    const size_t row_k = ggml_row_size(l.k->type, l.dk);
     const int64_t first = first_kept(s);
 
     head * heads = s.heads.data() + l.head0;
@@ -414,18 +413,7 @@ void llama_atlas::state_layer(state_io & io, seq & s, size_t i_layer) {
         demand(h.threshold >= 0.0f && h.threshold < ATLAS_VALUE_MAX, "the threshold is out of range");
         demand(h.n_recalled >= 0, "the number of recalled blocks is out of range");
 
-        // mean keys
-        for (int64_t b = (first - n_sink)/n_block; b < s.n_rep; ++b) {
-            const int64_t r0 = row(n_sink + b*n_block);
-            float * rep = h.rep.data() + (r0 - n_sink)/n_block*l.dk;
-            std::fill(rep, rep + l.dk, 0.0f);
-            for (int64_t i = 0; i < n_block; ++i) {
-                atlas_load_row(l.k->type, h.k.data() + (r0 + i)*row_k, x.data(), l.dk);
-                for (int32_t c = 0; c < l.dk; ++c) {
-                    rep[c] += x[c]/n_block;
-                }
-            }
-        }
+        mean_keys(l, h, (first - n_sink)/n_block, s.n_rep, x.data());
     }
 }
 

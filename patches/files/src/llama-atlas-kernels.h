@@ -11,6 +11,10 @@
 // number of queries that are scored side by side; rows of queries are padded to a multiple of it
 #define ATLAS_LANES 16
 
+static inline int64_t atlas_pad_lanes(int64_t n) {
+    return GGML_PAD(n, ATLAS_LANES);
+}
+
 // a row of n values to and from F32
 void atlas_load_row (ggml_type type, const void * src, float * dst, int64_t n);
 void atlas_store_row(ggml_type type, const float * src, void * dst, int64_t n);

@@ -5,372 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <cinttypes>
 #include <random>
-#include <stdexcept>
-#include <thread>
 
-// what happens in the memories while a graph is computed, between the queries of a layer and its attention
-
-static constexpr int64_t ATLAS_TILE  = 48;   // keys that are converted at a time
-static constexpr int64_t ATLAS_GROUP = 16;   // queries that are scored together where they choose nothing
-static constexpr float   ATLAS_CAND  = 2.0f; // candidates of stage 1, in units of the memory cells
-static constexpr int64_t ATLAS_SCAN  = 128;  // blocks that stage 1 may look at per token, on average
-
-// the tensors of a layer, F32: [n_embd_head, n_head(_kv), n_tokens]
-struct llama_atlas::input {
-    const ggml_tensor * q, * k, * v;
-
-    static const float * at(const ggml_tensor * t, int64_t head, int64_t row) {
-        return (const float *) ((const char *) t->data + head*t->nb[1] + row*t->nb[2]);
-    }
-};
-
-static int64_t pad_lanes(int64_t n) {
-    return GGML_PAD(n, ATLAS_LANES);
-}
-
-// make room for n_new tokens of a sequence, and for what the threads need
-void llama_atlas::reserve(seq & s, int64_t n_new) {
-    const int64_t n_tok  = s.n_tok + n_new;
-    const int64_t n_rows = n_sink + std::min(n_cap, GGML_PAD(n_tok + n_tok/8, 1024));
-    const int64_t n_blocks = std::min(n_cap, n_tok)/n_block + 2;
-    const int64_t n_group  = std::max<int64_t>({ ATLAS_GROUP, params.n_chunk, params.n_refresh });
-
-    int64_t n_lanes = 0;
-    int64_t d_max = 0;
-
-    s.heads.resize(n_heads);
-    s.wait.resize(layers.size());
-    for (size_t i = 0; i < layers.size(); ++i) {
-        const layer & l = layers[i];
-        for (int32_t g = 0; g < l.n_head_kv; ++g) {
-            head & h = s.heads[l.head0 + g];
-            if ((int64_t) h.u.size() < n_tok && (int64_t) h.u.size() < n_rows) {
-                h.k.reserve(n_rows*ggml_row_size(l.k->type, l.dk));
-                h.v.reserve(n_rows*ggml_row_size(l.v->type, l.dv));
-                h.u.resize(n_rows);
-                h.rep.resize(GGML_PAD(n_rows, n_block)/n_block*l.dk);
-            }
-            h.idx.reserve(n_mem);
-            h.slot.reserve(n_mem);
-            h.rank.resize(n_mem, UINT32_MAX);
-            h.surv.reserve(n_mem);
-            h.cand.reserve((ATLAS_CAND + 1)*n_mem + 2*n_block);
-        }
-        s.wait[i].resize((int64_t) n_group*l.n_head_kv*l.n_rep*l.dk);
-        n_lanes = std::max(n_lanes, pad_lanes(l.n_rep*n_group));
-        d_max   = std::max<int64_t>({ d_max, l.dk, l.dv });
-    }
-    const int64_t n_score = std::max<int64_t>((ATLAS_CAND + 1)*n_mem + 2*n_block + n_ctx + n_group, d_max);
-
-    for (auto & w : works) {
-        w->qt.resize(d_max*n_lanes);
-        w->s.resize(n_score*n_lanes);
-        w->s1.resize(n_blocks*n_lanes);
-        w->kt.resize(ATLAS_TILE*d_max);
-        w->tmp.resize(2*n_lanes);
-        w->block.resize(n_blocks);
-        w->cred.resize(n_blocks);
-        w->rel.resize(n_score);
-        w->mark.resize(n_blocks);
-        w->order.resize(std::max(n_blocks, n_score));
-        w->tok.reserve(n_score);
-        w->chosen.reserve(n_mem + n_block);
-        w->slot.resize(n_mem);
-        w->taken.resize(n_mem);
-        w->ranked.reserve(std::min(n_cap, n_tok));
-    }
-}
-
-void llama_atlas::begin(const llama_ubatch & ubatch) {
-    settle();
-    jobs.clear();
-
-    if (cparams.warmup) {
-        return;
-    }
-
-    // the tokens of each sequence must come one after the other
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const llama_seq_id seq_id = ubatch.seq_id[i][0];
-        seq & s = seqs[seq_id];
-
-        auto j = std::find_if(jobs.begin(), jobs.end(), [&](const job & j) { return j.s == &s; });
-        const int64_t n_tok = s.n_tok + (j == jobs.end() ? 0 : j->rows.size());
-
-        if (!ubatch.token || ubatch.n_seq_id[i] > 1 || ubatch.pos[i] != n_tok) {
-            for (int32_t k = 0; k < ubatch.n_seq_id[i]; ++k) {
-                seqs[ubatch.seq_id[i][k]].active = false;
-            }
-        }
-        if (!s.active) {
-            continue;
-        }
-        if (j == jobs.end()) {
-            job n = {};
-            n.s      = &s;
-            n.stream = kv->get_stream(seq_id);
-            jobs.push_back(std::move(n));
-            j = jobs.end() - 1;
-        }
-        j->rows.push_back(i);
-    }
-    jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const job & j) { return !j.s->active; }), jobs.end());
-
-    const int n_threads = std::max(cparams.n_threads, cparams.n_threads_batch);
-    while ((int) works.size() < n_threads) {
-        works.push_back(std::make_unique<work>());
-    }
-
-    for (auto & j : jobs) {
-        seq & s = *j.s;
-        const int64_t n = j.rows.size();
-
-        try {
-            reserve(s, n);
-        } catch (const std::bad_alloc &) {
-            LLAMA_LOG_ERROR("%s: out of memory after %" PRId64 " tokens: the sequence cannot slide\n", __func__, s.n_tok);
-            s.active = false;
-            continue;
-        }
-
-        const bool has_cells = s.n_win0 > 0 && n_mem > 0;
-
-        j.t0     = s.n_tok;
-        j.n_wait = s.n_wait;
-        j.b0     = s.n_rep;
-        j.b1     = std::max<int64_t>(0, s.n_win0 - n_sink)/n_block;
-        j.slid   = s.slid;
-        if (n == 1 && has_cells && params.n_refresh < ATLAS_GROUP) {
-            j.own    = s.slid || s.n_tok % params.n_refresh == 0;
-            j.score  = s.slid || s.n_wait + n >= ATLAS_GROUP;
-        } else {
-            j.score  = n_mem > 0 && (s.slid || s.n_wait + n >= (has_cells ? params.n_refresh : ATLAS_GROUP));
-            j.choose = j.score && has_cells;
-        }
-
-        std::vector<int32_t> pos_key, pos_query;
-        for (int64_t t = j.t0; t < j.t0 + n; ++t) {
-            pos_key.push_back(t);
-        }
-        if (j.score || j.own) {
-            for (int64_t t = j.t0 - j.n_wait; t < j.t0 + n; ++t) {
-                pos_query.push_back((int32_t) dist - t);
-            }
-        }
-        for (const auto & r : ropes) {
-            j.t_key  .push_back(make_table(r, pos_key));
-            j.t_query.push_back(make_table(r, pos_query));
-        }
-        if (s.slid) {
-            std::vector<int32_t> pos_cell;
-            for (int64_t i = 0; i < n_sink + n_mem; ++i) {
-                pos_cell.push_back(s.n_win0 - n_mem - n_sink + i);
-            }
-            s.t_cell.clear();
-            for (const auto & r : ropes) {
-                s.t_cell.push_back(make_table(r, pos_cell));
-            }
-        }
-        if (staged && (j.choose || j.own) && s.stage_k.empty()) {
-            for (const auto & l : layers) {
-                s.stage_k.emplace_back(s.cells.size()*l.k->nb[1]);
-                s.stage_v.emplace_back(s.cells.size()*l.v->nb[1]);
-            }
-        }
-
-        s.n_tok += n;
-        s.n_wait = n_mem == 0 ? 0 : j.score ? 0 : s.n_wait + n;
-        s.n_rep  = j.b1;
-        s.slid   = false;
-        s.n_refresh += j.choose || j.own;
-    }
-    jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const job & j) { return !j.s->active; }), jobs.end());
-
-    int32_t n_head_kv = 0;
-    int64_t n_q = 0;
-    for (size_t i = 0; i < layers.size(); ++i) {
-        for (int k = 0; k < 4; ++k) {
-            ops[i].next[k] = 0;
-            ops[i].n_at[k] = 0;
-        }
-        n_head_kv = std::max(n_head_kv, layers[i].n_head_kv);
-        n_q       = std::max<int64_t>(n_q, layers[i].n_rep*layers[i].dk);
-    }
-    int32_t n_rep = 0;
-    for (const auto & l : layers) {
-        n_rep = std::max(n_rep, l.n_rep);
-    }
-    if (items.size() < jobs.size()*n_head_kv) {
-        items.resize(jobs.size()*n_head_kv);
-        for (auto & it : items) {
-            it.q.resize(n_q);
-            it.p.resize(n_rep*pad_lanes((ATLAS_CAND + 1)*n_mem + 2*n_block));
-            it.todo.reserve(n_sink + n_mem);
-        }
-    }
-}
-
-// hand the times of the last graph to its sequences
-void llama_atlas::settle() {
-    int64_t t_score = 0, t_write = 0;
-    for (auto & w : works) {
-        t_score += w->t_score;
-        t_write += w->t_write;
-        w->t_score = w->t_write = 0;
-    }
-    const int64_t n = jobs.size()*std::max(1, cparams.n_threads);
-    for (auto & j : jobs) {
-        j.s->t_score += t_score/n;
-        j.s->t_write += t_write/n;
-    }
-}
-
-ggml_tensor * llama_atlas::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il) {
-    for (size_t i = 0; i < layers.size(); ++i) {
-        layer & l = layers[i];
-        if ((int) l.il == il) {
-            GGML_ASSERT(q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F32 && v->type == GGML_TYPE_F32);
-            GGML_ASSERT(q->nb[0] == sizeof(float) && k->nb[0] == sizeof(float) && v->nb[0] == sizeof(float));
-            l.scale = kq_scale;
-            l.built = true;
-            return ggml_map_custom3(ctx, q, k, v, compute, GGML_N_TASKS_MAX, &ops[i]);
-        }
-    }
-    return q; // a layer that reads the cells of another one
-}
-
-void llama_atlas::check() const {
-    for (const auto & l : layers) {
-        if (!l.built) {
-            throw std::runtime_error(format("ATLAS: layer %u has attention of a special kind", l.il));
-        }
-    }
-}
-
-// all threads of the graph are in the operation, so they can wait for each other
-static void wait_for_all(std::atomic<int32_t> & n_at, int nth) {
-    n_at.fetch_add(1, std::memory_order_acq_rel);
-    for (int i = 0; n_at.load(std::memory_order_acquire) < nth; ++i) {
-        if (i > 1000) {
-            std::this_thread::yield();
-        }
-    }
-}
-
-static constexpr int64_t ATLAS_PART = 64; // candidates or cells that a thread takes at a time
-
-void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, int ith, int nth, void * userdata) {
-    op & o = *(op *) userdata;
-    llama_atlas & a = *o.atlas;
-    const layer & l = a.layers[o.i_layer];
-
-    // the queries pass unchanged
-    const int64_t n_rows = q->ne[2];
-    for (int64_t i = ith; i < n_rows; i += nth) {
-        for (int64_t h = 0; h < q->ne[1]; ++h) {
-            memcpy((char *) dst->data + h*dst->nb[1] + i*dst->nb[2], input::at(q, h, i), q->ne[0]*sizeof(float));
-        }
-    }
-
-    // begin() made one for each thread
-    GGML_ASSERT(a.jobs.empty() || (size_t) ith < a.works.size());
-
-    const input in = { q, k, v };
-    const int32_t n_items = a.jobs.size()*l.n_head_kv;
-
-    // fn(item, job, head, part) for the parts of all items
-    const auto for_parts = [&](int phase, const auto & n_parts, const auto & fn) {
-        int32_t i = 0;
-        int64_t first = 0; // part of item i
-        for (int64_t next; i < n_items; ) {
-            next = o.next[phase].fetch_add(1, std::memory_order_relaxed);
-            for (; i < n_items; ++i) {
-                const job & j = a.jobs[i/l.n_head_kv];
-                head & h = j.s->heads[l.head0 + i % l.n_head_kv];
-                const int64_t n = n_parts(i, j, h);
-                if (next < first + n) {
-                    fn(i, j, h, next - first);
-                    break;
-                }
-                first += n;
-            }
-        }
-    };
-    const auto whole = [](int32_t, const job &, head &) -> int64_t { return 1; };
-
-    bool any_own = false, any = false;
-    for (const auto & j : a.jobs) {
-        any_own = any_own || j.own;
-        any     = any || j.own || j.choose;
-    }
-    if (a.jobs.empty()) {
-        return;
-    }
-    work & w = *a.works[ith];
-
-    int64_t t_start = ggml_time_us();
-
-    for_parts(0, whole, [&](int32_t i, const job & j, head & h, int64_t) {
-        const int32_t g = i % l.n_head_kv;
-        a.items[i].todo.clear();
-        a.archive(j, l, g, h, w, in);
-        a.listen (j, l, g, h, w, in);
-        if (j.own) {
-            a.ask(j, l, g, h, w, a.items[i], in);
-        }
-        if (j.choose) {
-            a.choose(j, h, w);
-            a.place(j, h, w, a.items[i]);
-        }
-    });
-    if (any_own) {
-        w.t_score += ggml_time_us() - t_start;
-        wait_for_all(o.n_at[0], nth);
-        t_start = ggml_time_us();
-        for_parts(1, [](int32_t, const job & j, head & h) -> int64_t {
-            return j.own ? (h.cand.size() + ATLAS_PART - 1)/ATLAS_PART : 0;
-        }, [&](int32_t i, const job &, head & h, int64_t part) {
-            a.ask_part(l, h, w, a.items[i], part*ATLAS_PART, std::min<int64_t>(h.cand.size(), (part + 1)*ATLAS_PART));
-        });
-        w.t_score += ggml_time_us() - t_start;
-        wait_for_all(o.n_at[1], nth);
-        t_start = ggml_time_us();
-        for_parts(2, whole, [&](int32_t i, const job & j, head & h, int64_t) {
-            if (j.own) {
-                a.ask_end(l, h, w, a.items[i]);
-                a.choose(j, h, w);
-                a.place(j, h, w, a.items[i]);
-            }
-        });
-    }
-    w.t_score += ggml_time_us() - t_start;
-    if (!any) {
-        return;
-    }
-
-    wait_for_all(o.n_at[2], nth);
-    t_start = ggml_time_us();
-    for_parts(3, [&](int32_t i, const job &, head &) -> int64_t {
-        return (a.items[i].todo.size() + ATLAS_PART - 1)/ATLAS_PART;
-    }, [&](int32_t i, const job & j, head & h, int64_t part) {
-        const item & it = a.items[i];
-        a.write(j, o.i_layer, i % l.n_head_kv, h, w, it, part*ATLAS_PART, std::min<int64_t>(it.todo.size(), (part + 1)*ATLAS_PART));
-    });
-    w.t_write += ggml_time_us() - t_start;
-
-    if (a.staged) {
-        wait_for_all(o.n_at[3], nth);
-        if (ith == 0) {
-            for (const auto & j : a.jobs) {
-                if (j.choose || j.own) {
-                    a.upload(j, o.i_layer);
-                }
-            }
-        }
-    }
-}
+// what happens in the memory of a KV head: archive, scores, the choice of tokens, the cells
 
 // what the new queries look at counts for the survivors; a few wait until they are enough
 void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, work & w, const input & in) {
@@ -378,7 +15,7 @@ void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, wo
 
     if (j.score) {
         // each query is scored once; the last group, all of a chunk where they choose, is whole
-        const int64_t n_group = j.choose ? std::max<int64_t>(params.n_chunk, params.n_refresh) : ATLAS_GROUP;
+        const int64_t n_group = j.choose ? std::max<int64_t>(params.n_chunk, params.n_refresh) : n_together;
         int64_t q0 = std::max(j.t0 - j.n_wait, n_sink);
         for (int64_t n = (t1 - q0) % n_group; q0 < t1; n = n_group) {
             if (n > 0) {
@@ -426,8 +63,14 @@ void llama_atlas::archive(const job & j, const layer & l, int32_t g, head & h, w
         h.u[at] = 0.0f;
     }
 
-    // the mean keys of the blocks that the slide completed
-    for (int64_t b = j.b0; b < j.b1; ++b) {
+    mean_keys(l, h, j.b0, j.b1, x); // of what the slide completed
+}
+
+// the mean keys of the archive's blocks [b0, b1); x: [dk]
+void llama_atlas::mean_keys(const layer & l, head & h, int64_t b0, int64_t b1, float * x) const {
+    const size_t row_k = ggml_row_size(l.k->type, l.dk);
+
+    for (int64_t b = b0; b < b1; ++b) {
         const int64_t r0 = row(n_sink + b*n_block);
         float * rep = h.rep.data() + (r0 - n_sink)/n_block*l.dk;
         std::fill(rep, rep + l.dk, 0.0f);
@@ -498,7 +141,7 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
     const int64_t a1    = std::max(s.n_win0, n_sink);
     const int64_t nq    = q1 - q0;
     const int64_t n_use = l.n_rep*nq; // queries
-    const int64_t nl    = pad_lanes(n_use);
+    const int64_t nl    = atlas_pad_lanes(n_use);
     const size_t row_k  = ggml_row_size(l.k->type, l.dk);
 
     // column r*nq + t: query head r of token t
@@ -528,14 +171,14 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
 
     w.tok.clear();
 
-    const int64_t n_cand = ATLAS_CAND*n_mem/n_block;
+    const int64_t n_cand = r_cand*n_mem/n_block;
     const bool two_stages = a1 > j0 && nb > n_cand;
 
     if (two_stages) {
         // stage 1: the blocks' mean keys against averages of n_pool queries
         const bool pool = nq % n_pool == 0;
         const int64_t n1  = pool ? n_use/n_pool : n_use;
-        const int64_t nl1 = pad_lanes(n1);
+        const int64_t nl1 = atlas_pad_lanes(n1);
 
         std::vector<float> & s1 = w.s1;
         float * q1t = w.s.data(); // not needed yet
@@ -580,8 +223,8 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
     // stage 2: exact logits
     const int64_t n = w.tok.size();
     float * p = w.s.data();
-    for (int64_t i = 0; i < n; i += ATLAS_TILE) {
-        const int64_t m = std::min(ATLAS_TILE, n - i);
+    for (int64_t i = 0; i < n; i += n_tile) {
+        const int64_t m = std::min(n_tile, n - i);
         for (int64_t c = 0; c < m; ++c) {
             atlas_load_row(l.k->type, h.k.data() + row(w.tok[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
         }
@@ -635,7 +278,7 @@ void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work 
     const int64_t b0 = (j0 - n_sink)/n_block;
     const int64_t b1 = (a1 - n_sink)/n_block;
     const int64_t nb = b1 - b0;
-    const int64_t n_cand = ATLAS_CAND*n_mem/n_block;
+    const int64_t n_cand = r_cand*n_mem/n_block;
 
     float * q = it.q.data();
     for (int32_t r = 0; r < l.n_rep; ++r) {
@@ -650,7 +293,7 @@ void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work 
     }
 
     // stage 1 as rarely as its cost demands, and when tokens have joined the archive
-    if (j.slid || nb <= n_cand || j.t0 - h.t_cand >= nb/ATLAS_SCAN) {
+    if (j.slid || nb <= n_cand || j.t0 - h.t_cand >= nb/n_scan) {
         h.t_cand = j.t0;
         h.cand.clear();
         if (nb <= n_cand) {
@@ -658,7 +301,7 @@ void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work 
                 h.cand.push_back(t);
             }
         } else {
-            const int64_t n_pad = pad_lanes(nb);
+            const int64_t n_pad = atlas_pad_lanes(nb);
             float * s1 = w.s1.data();
             const int64_t n_ring = n_cap/n_block;
             for (int64_t b = b0; b < b1; ) {
@@ -681,10 +324,10 @@ void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work 
 // the exact logits of the candidates [i0, i1)
 void llama_atlas::ask_part(const layer & l, const head & h, work & w, item & it, int64_t i0, int64_t i1) {
     const size_t row_k = ggml_row_size(l.k->type, l.dk);
-    const int64_t n_pad = pad_lanes(h.cand.size());
+    const int64_t n_pad = atlas_pad_lanes(h.cand.size());
 
-    for (int64_t i = i0; i < i1; i += ATLAS_TILE) {
-        const int64_t m = std::min(ATLAS_TILE, i1 - i);
+    for (int64_t i = i0; i < i1; i += n_tile) {
+        const int64_t m = std::min(n_tile, i1 - i);
         for (int64_t c = 0; c < m; ++c) {
             atlas_load_row(l.k->type, h.k.data() + row(h.cand[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
         }
@@ -695,7 +338,7 @@ void llama_atlas::ask_part(const layer & l, const head & h, work & w, item & it,
 // ... and their share of the attention
 void llama_atlas::ask_end(const layer & l, const head & h, work & w, item & it) {
     const int64_t n = h.cand.size();
-    const int64_t n_pad = pad_lanes(n);
+    const int64_t n_pad = atlas_pad_lanes(n);
 
     std::fill(w.rel.begin(), w.rel.begin() + n, 0.0f);
     for (int32_t r = 0; r < l.n_rep; ++r) {

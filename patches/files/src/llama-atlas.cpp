@@ -11,13 +11,11 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <new>
-#include <random>
 #include <stdexcept>
 
 //

@@ -102,6 +102,11 @@ public:
 private:
     static constexpr int64_t n_block = 16; // tokens of an archive block
     static constexpr int64_t n_pool  = 4;  // queries that stage 1 averages
+    static constexpr int64_t n_tile  = 48; // keys that are converted at a time
+    static constexpr int64_t n_part  = 64; // candidates or cells that a thread takes at a time
+    static constexpr int64_t n_together = 16; // queries that are scored together where they choose nothing
+    static constexpr int64_t n_scan  = 128;  // blocks that stage 1 may look at per token, on average
+    static constexpr float   r_cand  = 2.0f; // candidates of stage 1, in units of the memory cells
     static constexpr float   credit_1 = 0.5f;  // share of a block's score that its successor gets ...
     static constexpr float   credit_2 = 0.25f; // ... and the one after that
 
@@ -280,9 +285,18 @@ private:
     void state_resume  (seq & s, llama_seq_id seq_id);
 
     // what runs in the graph's threads, which must not allocate
-    struct input;
+    // the tensors of a layer, F32: [n_embd_head, n_head(_kv), n_tokens]
+    struct input {
+        const ggml_tensor * q, * k, * v;
+
+        static const float * at(const ggml_tensor * t, int64_t head, int64_t row) {
+            return (const float *) ((const char *) t->data + head*t->nb[1] + row*t->nb[2]);
+        }
+    };
+
     static void compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, int ith, int nth, void * userdata);
     void archive   (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
+    void mean_keys (const layer & l, head & h, int64_t b0, int64_t b1, float * x) const;
     void score     (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in, int64_t q0, int64_t q1, bool last);
     void candidates(const job & j, const head & h, work & w, int64_t n_cand, std::vector<uint32_t> & res);
     void survivors (const job & j, head & h, work & w);

@@ -2,7 +2,7 @@
 
 #include "server-common.h"
 
-#include "atlas-file.h"
+#include "atlas-store.h"
 
 #include <memory>
 #include <string>

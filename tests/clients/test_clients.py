@@ -15,6 +15,8 @@ from langchain_openai import ChatOpenAI
 
 HERE = Path(__file__).parent
 MESSAGES = [{"role": "user", "content": "Say hello."}]
+GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+"""What makes an answer the same each time, and as long as it was asked to be."""
 
 
 @pytest.fixture
@@ -27,18 +29,23 @@ async def running(start, smollm2):
 
 async def test_openai_python(running):
     async with openai.AsyncOpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0) as client:
-        whole = await client.chat.completions.create(model="auto", messages=MESSAGES, max_tokens=8)
+        whole = await client.chat.completions.create(model="auto", messages=MESSAGES, max_tokens=8, **GREEDY)
         assert whole.choices[0].message.content
         assert whole.usage.total_tokens > 8
         stream = await client.chat.completions.create(
-            model="small", messages=MESSAGES, max_tokens=8, stream=True, stream_options={"include_usage": True}
+            model="small",
+            messages=MESSAGES,
+            max_tokens=8,
+            stream=True,
+            stream_options={"include_usage": True},
+            **GREEDY,
         )
         chunks = [chunk async for chunk in stream]
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert chunks[-1].usage.completion_tokens == 8
-        text = await client.completions.create(model="small", prompt="Once upon a time", max_tokens=4)
+        text = await client.completions.create(model="small", prompt="Once upon a time", max_tokens=4, **GREEDY)
         assert text.choices[0].text
-        answer = await client.responses.create(model="small", input="Say hello.", max_output_tokens=16)
+        answer = await client.responses.create(model="small", input="Say hello.", max_output_tokens=16, **GREEDY)
         assert answer.output_text
         vectors = await client.embeddings.create(model="embedder", input=["one", "two"])
         assert len(vectors.data) == 2
@@ -50,7 +57,9 @@ async def test_openai_python(running):
 
 
 async def test_langchain(running):
-    model = ChatOpenAI(base_url=running.url + "/v1", api_key="none", model="small", max_tokens=8, max_retries=0)
+    model = ChatOpenAI(
+        base_url=running.url + "/v1", api_key="none", model="small", max_tokens=8, max_retries=0, **GREEDY
+    )
     answer = await model.ainvoke([HumanMessage("Say hello.")])
     assert answer.content
     assert answer.usage_metadata["output_tokens"] <= 8
@@ -82,6 +91,6 @@ async def test_openai_node(running, short_tmp):
 
 
 async def test_curl(running):
-    body = json.dumps({"messages": MESSAGES, "max_tokens": 4, "stream": True})
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 4, "stream": True, "temperature": 0})
     out = await run("curl", "-sN", running.url + "/v1/chat/completions", "-d", body, cwd=HERE)
     assert out.rstrip().endswith("data: [DONE]")

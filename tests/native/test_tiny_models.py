@@ -12,5 +12,7 @@ from tiny_models import NAMES, make
 @pytest.mark.parametrize("name", NAMES)
 async def test_answers(start: Start, tmp_path: Path, name: str) -> None:
     running = await start({name: make(tmp_path / f"{name}.gguf", name)})
-    status, answer = await running.json("POST", "/completion", {"model": name, "prompt": "Hello", "n_predict": 4})
+    status, answer = await running.json(
+        "POST", "/completion", {"model": name, "prompt": "Hello", "n_predict": 4, "temperature": 0}
+    )
     assert status == 200, answer

@@ -26,7 +26,7 @@ FLAT, PREFILL, DECODE = 0.85, 3.0, 10.0
 PARTS_UP_TO = 8192
 """Longest prompt that is read a second time, to tell the parts of the decode time."""
 
-PARTS = ("t_score_ms", "t_write_ms", "t_slide_ms")
+PARTS = ("score_ms", "write_ms", "slide_ms")
 
 
 def main() -> int:
@@ -90,7 +90,7 @@ def _measure(running: Server, where: str, length: int, decode: int) -> Json:
     if not isinstance(memory, dict) or not all(part in memory for part in PARTS):
         return row
     row["atlas"] = memory
-    row["archive_bytes_per_token"] = memory["bytes"] / max(1, memory["n_archived"])
+    row["archive_bytes_per_token"] = memory["memory_bytes"] / max(1, memory["tokens_archived"])
     if length > PARTS_UP_TO:
         return row
     # the parts are sums over a request, prompt included: the same prompt alone tells what the decode took

@@ -33,8 +33,8 @@ async def test_prompt_beyond_the_context_and_the_next_turn(start, smollm2, text)
     assert answer["timings"]["prompt_n"] > 1024
     atlas = answer["atlas"]
     assert atlas["active"]
-    assert atlas["n_archived"] > 512
-    assert atlas["n_refresh"] > 10
+    assert atlas["tokens_archived"] > 512
+    assert atlas["refreshes"] > 10
 
     # the next turn reads only what is new, although most of the first has left the context
     status, next_answer = await complete(running, text[:6000] + answer["content"] + " And then")
@@ -54,7 +54,7 @@ async def test_answer_goes_on_past_the_context(start, smollm2):
     assert status == 200
     assert answer["tokens_predicted"] == 700
     assert not answer["truncated"]
-    assert answer["atlas"]["n_archived"] > 0
+    assert answer["atlas"]["tokens_archived"] > 0
 
 
 async def test_slots_do_not_disturb_each_other(start, smollm2, text):
@@ -63,7 +63,7 @@ async def test_slots_do_not_disturb_each_other(start, smollm2, text):
     prompts = [text[:4000], text[4000:8000]]
     together = await asyncio.gather(*(complete(running, prompt) for prompt in prompts))
     assert [status for status, _ in together] == [200, 200]
-    assert all(answer["atlas"]["n_archived"] > 0 and answer["atlas"]["active"] for _, answer in together)
+    assert all(answer["atlas"]["tokens_archived"] > 0 and answer["atlas"]["active"] for _, answer in together)
 
 
 async def test_without_memory_a_long_prompt_is_refused(start, smollm2, text):

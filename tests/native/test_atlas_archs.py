@@ -33,8 +33,8 @@ async def check_memory(running: Running) -> None:
     assert status == 200, answer
     assert answer["tokens_predicted"] == 40
     assert answer["atlas"]["active"]
-    assert answer["atlas"]["n_archived"] > 256
-    assert answer["atlas"]["n_recalled"] > 0
+    assert answer["atlas"]["tokens_archived"] > 256
+    assert answer["atlas"]["recalled_blocks"] > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

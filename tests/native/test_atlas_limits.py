@@ -46,8 +46,8 @@ async def test_prompt_of_200_000_tokens(start: Start, tiny: Path) -> None:
     assert answer["tokens_evaluated"] > 200_000
     atlas = answer["atlas"]
     assert atlas["active"]
-    assert atlas["n_forgotten"] > 190_000
-    assert atlas["bytes"] < 4 << 20
+    assert atlas["tokens_forgotten"] > 190_000
+    assert atlas["memory_bytes"] < 4 << 20
 
 
 async def test_client_that_leaves_in_a_long_prompt(start: Start, tiny: Path) -> None:
@@ -60,17 +60,17 @@ async def test_client_that_leaves_in_a_long_prompt(start: Start, tiny: Path) -> 
     after = await complete(running, SHORT)
     assert after["tokens"] == alone[0]["tokens"]
     assert after["atlas"]["active"]
-    assert (await complete(running, LONG))["atlas"]["n_archived"] > 1024
+    assert (await complete(running, LONG))["atlas"]["tokens_archived"] > 1024
 
 
 async def test_full_archive_of_one_slot_leaves_the_other_alone(start: Start, tiny: Path) -> None:
     running = await begin(start, tiny, slots=2)
     alone = await complete(running, SHORT, 1, tokens=300)
     full, other = await asyncio.gather(complete(running, LONG * 4), complete(running, SHORT, 1, tokens=300))
-    assert full["atlas"]["n_forgotten"] > 0
+    assert full["atlas"]["tokens_forgotten"] > 0
     assert full["atlas"]["active"]
-    assert other["atlas"]["n_forgotten"] == 0
-    assert other["atlas"]["n_archived"] > 0
+    assert other["atlas"]["tokens_forgotten"] == 0
+    assert other["atlas"]["tokens_archived"] > 0
     assert other["tokens"] == alone["tokens"]
 
 
@@ -81,7 +81,7 @@ async def test_slots_of_different_length_answer_as_if_alone(start: Start, smollm
     alone = [await complete(running, prompt, slot, tokens=48) for slot, prompt in enumerate(prompts)]
     together = await asyncio.gather(*(complete(running, prompt, slot, 48) for slot, prompt in enumerate(prompts)))
     assert [answer["content"] for answer in together] == [answer["content"] for answer in alone]
-    assert [answer["atlas"]["n_archived"] > 256 for answer in together] == [False, True]
+    assert [answer["atlas"]["tokens_archived"] > 256 for answer in together] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ async def test_a_session_goes_on_after_a_restart_as_without_one(start, smollm2, 
     status, read = await complete(running, text, tokens=1, memory_file="book")
     assert status == 200
     assert read["atlas"]["memory_file"] == "book"
-    assert read["atlas"]["n_archived"] > 512
+    assert read["atlas"]["tokens_archived"] > 512
     assert read["atlas"]["saved"]["bytes"] == (folder / "book.atlas").stat().st_size
     await complete(running, "", tokens=1)  # another request takes the slot
     status, first = await complete(running, question, tokens=64, memory_file="book", save_memory=False)
@@ -112,7 +112,7 @@ async def test_a_session_that_is_sent_again_is_not_appended(start, smollm2, fold
     messages = [{"role": "user", "content": "Name three colours."}]
     body = {"messages": messages, "max_tokens": 16, "temperature": 0, "atlas": {"memory_file": "chat.atlas"}}
     _, one = await running.json("POST", "/v1/chat/completions", body)
-    tokens = one["atlas"]["n_tokens"]
+    tokens = one["atlas"]["tokens_seen"]
     messages += [one["choices"][0]["message"], {"role": "user", "content": "Name another."}]
     _, two = await running.json("POST", "/v1/chat/completions", body)
     assert two["usage"]["prompt_tokens"] < 2 * tokens
@@ -196,7 +196,7 @@ async def test_without_memory_the_context_is_the_limit(start, smollm2, folder):
     assert answer["error"]["type"] == "exceed_context_size_error"
     status, answer = await complete(running, DOCS[:1200], tokens=600, enabled=False)
     assert status == 200
-    assert answer["stop_type"] == "limit" and answer["atlas"]["n_archived"] == 0
+    assert answer["stop_type"] == "limit" and answer["atlas"]["tokens_archived"] == 0
     assert answer["tokens_evaluated"] + answer["tokens_predicted"] == 512
 
 

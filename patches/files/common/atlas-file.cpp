@@ -304,7 +304,7 @@ std::vector<uint8_t> atlas_reader::unpack(const atlas_frame & frame, std::vector
     return shuffle(raw, frame.stride, true);
 }
 
-void atlas_reader::advance(const atlas_frame & kind) {
+void atlas_reader::read_ahead() {
     while (next < frames.size() && pending.size() < n_workers()) {
         std::vector<uint8_t> stored(frames[next].stored);
         if (!get(stored.data(), stored.size())) {
@@ -313,6 +313,17 @@ void atlas_reader::advance(const atlas_frame & kind) {
         pending.push_back(std::async(std::launch::async, unpack, frames[next], std::move(stored)));
         next++;
     }
+}
+
+void atlas_reader::prefetch() {
+    read_ahead();
+    for (auto & frame : pending) {
+        frame.wait();
+    }
+}
+
+void atlas_reader::advance(const atlas_frame & kind) {
+    read_ahead();
     if (pending.empty() || !frames[n_done].same_kind(kind)) {
         throw atlas_corrupt("the frames are out of order");
     }

@@ -102,6 +102,9 @@ public:
     size_t n_frames() const { return frames.size(); }
 
     void take(const atlas_frame & kind, void * dst, size_t size);
+
+    // have the next frames at hand
+    void prefetch();
     bool at_end() const { return used == data.size() && n_done == frames.size(); }
 
     // llama_atlas_state_io; `error` says why it returned false
@@ -126,5 +129,6 @@ private:
 
     bool get(void * dst, size_t size) { return fread(dst, 1, size, f.get()) == size; }
     static std::vector<uint8_t> unpack(const atlas_frame & frame, std::vector<uint8_t> stored);
+    void read_ahead();
     void advance(const atlas_frame & kind);
 };

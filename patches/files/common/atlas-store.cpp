@@ -6,6 +6,7 @@
 #include "llama.h"
 
 #include <algorithm>
+#include <chrono>
 #include <ctime>
 #include <filesystem>
 #include <memory>
@@ -48,6 +49,18 @@ struct atlas_lock {
     int fd = -1;
 };
 
+// throws common_atlas_error; the sequence is of no use then
+static void read_section(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, atlas_reader & r) {
+    char text[256];
+    const auto res = llama_atlas_state_read(ctx, seq_id, section, atlas_reader::io, &r, text, sizeof(text));
+    if (res == LLAMA_ATLAS_STATE_MISMATCH) {
+        throw common_atlas_error(409, std::string("the memory file does not fit this server: ") + text);
+    }
+    if (res != LLAMA_ATLAS_STATE_OK) {
+        throw !r.error.empty() ? common_atlas_error(400, r.error) : atlas_corrupt(text);
+    }
+}
+
 static void sync_folder(const std::string & path) {
 #ifndef _WIN32
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
@@ -60,8 +73,41 @@ static void sync_folder(const std::string & path) {
 #endif
 }
 
-common_atlas_store::common_atlas_store(llama_context * ctx, std::string dir, int32_t n_backup, int32_t level)
-    : ctx(ctx), dir(std::move(dir)), model_hash(atlas_hex64(llama_atlas_model_hash(ctx))), n_backup(n_backup), level(level) {
+struct common_atlas_saving {
+    std::string name;
+    atlas_lock  lock;
+    json        header;
+    size_t      raw_max = 0;
+
+    llama_seq_id seq_id = -1;
+    std::vector<uint8_t> tokens;
+    std::vector<uint8_t> cells;
+    size_t               stride = 1; // of the cells
+
+    static bool take_cells(void * user, llama_atlas_part, int32_t, size_t stride, void * data, size_t size) {
+        auto & s = *(common_atlas_saving *) user;
+        s.stride = stride;
+        s.cells.insert(s.cells.end(), (const uint8_t *) data, (const uint8_t *) data + size);
+        return true;
+    }
+};
+
+struct common_atlas_loading {
+    std::string path;
+    std::unique_ptr<atlas_reader> reader;
+    common_atlas_session session;
+    std::string backup; // the file is one
+};
+
+common_atlas_store::common_atlas_store(llama_context * ctx, std::string dir, int32_t n_backup, int32_t level, common_atlas_limits limits)
+    : ctx(ctx), dir(std::move(dir)), model_hash(atlas_hex64(llama_atlas_model_hash(ctx))), n_backup(n_backup), level(level), limits(limits) {
+    sweep(this->dir);
+    std::error_code ec;
+    for (const auto & entry : fs::directory_iterator(this->dir, ec)) {
+        if (entry.is_directory(ec) && owner_ok(entry.path().filename().string())) {
+            sweep(entry.path().string());
+        }
+    }
 }
 
 std::string common_atlas_store::session_name(const std::string & name) {
@@ -76,19 +122,33 @@ bool common_atlas_store::name_ok(const std::string & name) {
     });
 }
 
+bool common_atlas_store::owner_ok(const std::string & owner) {
+    return !owner.empty() && owner.size() <= 32 && std::all_of(owner.begin(), owner.end(), [](char c) {
+        return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9');
+    });
+}
+
 std::string common_atlas_store::path(const std::string & name) const {
-    if (!name_ok(name)) {
+    const size_t slash = name.find('/');
+    const std::string file = slash == std::string::npos ? name : name.substr(slash + 1);
+    if (!name_ok(file) || (slash != std::string::npos && !owner_ok(name.substr(0, slash)))) {
         throw common_atlas_error(400, "the name of a memory file is made of 1 to 128 letters, digits, '.', '_' and '-', and does not start with '.'");
     }
     return (fs::path(dir) / (session_name(name) + ".atlas")).string();
 }
 
+std::string common_atlas_store::lock_path(const std::string & name) const {
+    const fs::path p = path(name);
+    return (p.parent_path() / ("." + p.stem().string() + ".lock")).string();
+}
+
 std::vector<std::string> common_atlas_store::backups(const std::string & name) const {
-    const std::string prefix = session_name(name) + "_";
+    const fs::path p = path(name);
+    const std::string prefix = p.stem().string() + "_";
     const std::string suffix = ".atlas.bak";
     std::vector<std::pair<uint64_t, std::string>> found;
     std::error_code ec;
-    for (const auto & entry : fs::directory_iterator(dir, ec)) {
+    for (const auto & entry : fs::directory_iterator(p.parent_path(), ec)) {
         const std::string file = entry.path().filename().string();
         if (file.size() <= prefix.size() + suffix.size() || file.compare(0, prefix.size(), prefix) != 0 ||
                 file.compare(file.size() - suffix.size(), suffix.size(), suffix) != 0) {
@@ -111,11 +171,82 @@ bool common_atlas_store::exists(const std::string & name) const {
     return fs::exists(path(name)) || !backups(name).empty();
 }
 
-json common_atlas_store::save(const std::string & name, llama_seq_id seq_id, const common_atlas_session & session) {
-    const std::string target = path(name);
-    const std::string temp   = target + ".tmp";
+// delete what a process left that was killed while it saved
+void common_atlas_store::sweep(const std::string & folder) const {
+    const std::string suffix = ".atlas.tmp";
+    std::error_code ec;
+    for (const auto & entry : fs::directory_iterator(folder, ec)) {
+        const std::string file = entry.path().filename().string();
+        if (file.size() <= suffix.size() || file.compare(file.size() - suffix.size(), suffix.size(), suffix) != 0) {
+            continue;
+        }
+        try {
+            const std::string name = file.substr(0, file.size() - suffix.size());
+            atlas_lock lock((fs::path(folder) / ("." + name + ".lock")).string(), true);
+            LOG_WRN("ATLAS: deleting %s, which was never completed\n", entry.path().string().c_str());
+            fs::remove(entry.path(), ec);
+        } catch (const common_atlas_error &) {
+            // somebody is writing it
+        }
+    }
+}
 
-    atlas_lock lock((fs::path(dir) / ("." + session_name(name) + ".lock")).string(), true);
+// keep the folder within its limits
+void common_atlas_store::prune(const std::string & name, const std::vector<std::string> & keep) const {
+    struct item {
+        fs::file_time_type used;
+        std::string name;
+        int64_t bytes;
+    };
+    const size_t slash = name.find('/');
+    const std::string owner = slash == std::string::npos ? "" : name.substr(0, slash + 1);
+
+    std::vector<item> items;
+    int64_t bytes = 0;
+    std::error_code ec;
+    for (const auto & entry : fs::directory_iterator(fs::path(path(name)).parent_path(), ec)) {
+        if (entry.path().extension() != ".atlas" || !name_ok(entry.path().filename().string())) {
+            continue;
+        }
+        item x = { entry.last_write_time(ec), owner + entry.path().stem().string(), (int64_t) entry.file_size(ec) };
+        for (const auto & backup : backups(x.name)) {
+            x.bytes += fs::file_size(backup, ec);
+        }
+        bytes += x.bytes;
+        items.push_back(std::move(x));
+    }
+    std::sort(items.begin(), items.end(), [](const item & a, const item & b) { return a.used < b.used; });
+
+    int64_t n = items.size();
+    const auto now = fs::file_time_type::clock::now();
+    for (const auto & x : items) {
+        const bool too_old = limits.age > 0 && now - x.used > std::chrono::seconds(limits.age);
+        if (!too_old && (limits.n_files == 0 || n <= limits.n_files) && (limits.bytes == 0 || bytes <= limits.bytes)) {
+            break;
+        }
+        if (x.name == session_name(name) || std::find(keep.begin(), keep.end(), x.name) != keep.end()) {
+            continue;
+        }
+        try {
+            remove(x.name);
+            LOG_WRN("ATLAS: deleted %s, which was not used for the longest time: there are too many, too large or too old files\n", x.name.c_str());
+            n--;
+            bytes -= x.bytes;
+        } catch (const common_atlas_error & e) {
+            LOG_WRN("ATLAS: cannot delete %s: %s\n", x.name.c_str(), e.what());
+        }
+    }
+}
+
+std::shared_ptr<common_atlas_saving> common_atlas_store::save_begin(const std::string & name, llama_seq_id seq_id, const common_atlas_session & session) const {
+    const fs::path target = path(name);
+    if (target.parent_path() != dir) {
+        std::error_code ec;
+        if (fs::create_directory(target.parent_path(), ec)) {
+            fs::permissions(target.parent_path(), fs::perms::owner_all, ec);
+        }
+    }
+    std::shared_ptr<common_atlas_saving> res(new common_atlas_saving { session_name(name), { lock_path(name), true }, {} });
 
     const llama_atlas_stats st = llama_atlas_get_stats(ctx, seq_id);
     if (st.n_tokens != (int64_t) session.tokens.size()) {
@@ -126,13 +257,13 @@ json common_atlas_store::save(const std::string & name, llama_seq_id seq_id, con
     llama_model_desc(llama_get_model(ctx), desc, sizeof(desc));
 
     const int64_t now = std::time(nullptr);
-    const json header = {
+    res->header = {
         {"format",  "llama-atlas"},
         {"build",   llama_build_info()},
         {"model",   {{"hash", model_hash}, {"description", desc}, {"n_params", llama_model_n_params(llama_get_model(ctx))}}},
         {"params",  {{"cells", st.n_cells}, {"window", st.n_window}, {"sinks", st.n_sink}}},
         {"session", {
-            {"name",       session_name(name)},
+            {"name",       target.stem().string()},
             {"n_tokens",   st.n_tokens},
             {"n_archived", st.n_archived},
             {"last",       session.last},
@@ -140,30 +271,49 @@ json common_atlas_store::save(const std::string & name, llama_seq_id seq_id, con
             {"saved",      now},
         }},
     };
+    res->seq_id = seq_id;
+    res->tokens.resize(session.tokens.size()*4);
+    for (size_t i = 0; i < session.tokens.size(); ++i) {
+        atlas_write_le(res->tokens.data() + i*4, session.tokens[i], 4);
+    }
 
+    const size_t n_cells = llama_state_seq_get_size(ctx, seq_id);
+    res->cells.reserve(n_cells + n_cells/8);
+    res->raw_max = st.bytes + n_cells + res->tokens.size();
+
+    char text[256];
+    if (llama_atlas_state_write(ctx, seq_id, LLAMA_ATLAS_STATE_CELLS, common_atlas_saving::take_cells, res.get(), text, sizeof(text)) != LLAMA_ATLAS_STATE_OK) {
+        throw common_atlas_error(409, text);
+    }
+    return res;
+}
+
+json common_atlas_store::save_end(common_atlas_saving & saving, const std::vector<std::string> & keep) const {
+    const std::string target = path(saving.name);
+    const std::string temp   = target + ".tmp";
     try {
-        const size_t raw_max = st.bytes + llama_state_seq_get_size(ctx, seq_id) + session.tokens.size()*4;
-        atlas_writer w(temp, header, llama_model_n_layer(llama_get_model(ctx)), raw_max, level);
-
-        std::vector<uint8_t> tokens(session.tokens.size()*4);
-        for (size_t i = 0; i < session.tokens.size(); ++i) {
-            atlas_write_le(tokens.data() + i*4, session.tokens[i], 4);
-        }
-        w.add(atlas_frame::tokens(), tokens.data(), tokens.size());
+        atlas_writer w(temp, saving.header, llama_model_n_layer(llama_get_model(ctx)), saving.raw_max, level);
+        w.add(atlas_frame::tokens(), saving.tokens.data(), saving.tokens.size());
 
         char text[256];
-        const auto res = llama_atlas_state_write(ctx, seq_id, atlas_writer::io, &w, text, sizeof(text));
+        const auto res = llama_atlas_state_write(ctx, saving.seq_id, LLAMA_ATLAS_STATE_ARCHIVE, atlas_writer::io, &w, text, sizeof(text));
         if (res != LLAMA_ATLAS_STATE_OK) {
             throw common_atlas_error(w.error.empty() ? 409 : 500, w.error.empty() ? text : w.error);
         }
-        const json result = w.finish(header);
+        w.add(atlas_frame::of(LLAMA_ATLAS_PART_CELLS, -1, saving.stride), saving.cells.data(), saving.cells.size());
+        const json result = w.finish(saving.header);
+
+        const int64_t bytes = result.at("bytes").get<int64_t>();
+        if (limits.bytes > 0 && bytes > limits.bytes) {
+            throw common_atlas_error(413, "the session has " + std::to_string(bytes >> 20) + " MiB, and all files may have " + std::to_string(limits.bytes >> 20));
+        }
 
         if (n_backup > 0 && fs::exists(target)) {
             std::error_code ec;
-            int64_t time = now;
+            int64_t time = result.at("session").at("saved").get<int64_t>();
             std::string backup;
             do {
-                backup = (fs::path(dir) / (session_name(name) + "_" + std::to_string(time++) + ".atlas.bak")).string();
+                backup = target.substr(0, target.size() - 6) + "_" + std::to_string(time++) + ".atlas.bak";
             } while (fs::exists(backup));
             fs::create_hard_link(target, backup, ec);
             if (ec) {
@@ -171,13 +321,14 @@ json common_atlas_store::save(const std::string & name, llama_seq_id seq_id, con
             }
         }
         fs::rename(temp, target);
-        sync_folder(dir);
+        sync_folder(fs::path(target).parent_path().string());
 
-        const auto old = backups(name);
+        const auto old = backups(saving.name);
         for (size_t i = n_backup; i < old.size(); ++i) {
             std::error_code ec;
             fs::remove(old[i], ec);
         }
+        prune(saving.name, keep);
         return result;
     } catch (const fs::filesystem_error & e) {
         std::error_code ec;
@@ -190,8 +341,12 @@ json common_atlas_store::save(const std::string & name, llama_seq_id seq_id, con
     }
 }
 
-json common_atlas_store::load_file(const std::string & path, llama_seq_id seq_id, common_atlas_session & session) {
-    atlas_reader r(path);
+std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::string & path, llama_seq_id seq_id) const {
+    auto res = std::make_shared<common_atlas_loading>();
+    res->path   = path;
+    res->reader = std::make_unique<atlas_reader>(path);
+    atlas_reader & r = *res->reader;
+    common_atlas_session & session = res->session;
     try {
         if (r.header.at("model").at("hash").get<std::string>() != model_hash) {
             throw common_atlas_error(409, "the memory file belongs to another model: " + r.header.at("model").value("description", "unknown"));
@@ -203,7 +358,6 @@ json common_atlas_store::load_file(const std::string & path, llama_seq_id seq_id
 
         const atlas_frame kind = atlas_frame::tokens();
         const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
-        session.tokens.clear();
         for (int64_t i = 0; i < n_tokens; ++i) {
             uint8_t token[4];
             r.take(kind, token, sizeof(token));
@@ -218,34 +372,24 @@ json common_atlas_store::load_file(const std::string & path, llama_seq_id seq_id
     } catch (const common_json_error & e) {
         throw atlas_corrupt(std::string("the header cannot be understood: ") + e.what());
     }
-
-    char text[256];
-    const auto res = llama_atlas_state_read(ctx, seq_id, atlas_reader::io, &r, text, sizeof(text));
-    if (res == LLAMA_ATLAS_STATE_MISMATCH) {
-        throw common_atlas_error(409, std::string("the memory file does not fit this server: ") + text);
-    }
-    const bool ok = res == LLAMA_ATLAS_STATE_OK && r.at_end() &&
-        llama_atlas_get_stats(ctx, seq_id).n_tokens == (int64_t) session.tokens.size();
-    if (!ok) {
-        llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);
-        throw !r.error.empty() ? common_atlas_error(400, r.error) : atlas_corrupt(res == LLAMA_ATLAS_STATE_OK ? "there are more data than tokens" : text);
-    }
-    return r.header;
+    read_section(ctx, seq_id, LLAMA_ATLAS_STATE_ARCHIVE, r);
+    r.prefetch();
+    return res;
 }
 
-json common_atlas_store::load(const std::string & name, llama_seq_id seq_id, common_atlas_session & session) {
+std::shared_ptr<common_atlas_loading> common_atlas_store::load_begin(const std::string & name, llama_seq_id seq_id) const {
     std::vector<std::string> files = backups(name);
     files.insert(files.begin(), path(name));
 
-    atlas_lock lock((fs::path(dir) / ("." + session_name(name) + ".lock")).string(), false);
+    atlas_lock lock(lock_path(name), false);
 
     std::unique_ptr<common_atlas_error> first;
     for (const auto & file : files) {
         try {
-            json res = load_file(file, seq_id, session);
+            auto res = load_file(file, seq_id);
             if (first) {
                 LOG_WRN("ATLAS: %s: %s: loaded the backup %s\n", path(name).c_str(), first->what(), file.c_str());
-                res["backup"] = fs::path(file).filename().string();
+                res->backup = fs::path(file).filename().string();
             }
             return res;
         } catch (const common_atlas_error & e) {
@@ -257,8 +401,25 @@ json common_atlas_store::load(const std::string & name, llama_seq_id seq_id, com
             }
         }
     }
-    session = {};
     throw common_atlas_error(*first);
+}
+
+json common_atlas_store::load_end(common_atlas_loading & loading, llama_seq_id seq_id, common_atlas_session & session) const {
+    atlas_reader & r = *loading.reader;
+    read_section(ctx, seq_id, LLAMA_ATLAS_STATE_CELLS, r);
+    if (!r.at_end() || llama_atlas_get_stats(ctx, seq_id).n_tokens != (int64_t) loading.session.tokens.size()) {
+        throw atlas_corrupt("there are more data than tokens");
+    }
+    session = std::move(loading.session);
+
+    std::error_code ec;
+    fs::last_write_time(loading.path, fs::file_time_type::clock::now(), ec); // it was used
+
+    json res = r.header;
+    if (!loading.backup.empty()) {
+        res["backup"] = loading.backup;
+    }
+    return res;
 }
 
 json common_atlas_store::describe(const std::string & path) const {
@@ -304,10 +465,10 @@ json common_atlas_store::info(const std::string & name) const {
     return res;
 }
 
-json common_atlas_store::list() const {
+json common_atlas_store::list(const std::string & owner) const {
     std::set<std::string> files;
     std::error_code ec;
-    for (const auto & entry : fs::directory_iterator(dir, ec)) {
+    for (const auto & entry : fs::directory_iterator(fs::path(dir) / owner, ec)) {
         const std::string file = entry.path().filename().string();
         if (entry.path().extension() == ".atlas" && name_ok(file)) {
             files.insert(entry.path().string());
@@ -323,15 +484,15 @@ json common_atlas_store::list() const {
 int32_t common_atlas_store::remove(const std::string & name) const {
     std::vector<std::string> files = backups(name);
     files.push_back(path(name));
-    atlas_lock lock((fs::path(dir) / ("." + session_name(name) + ".lock")).string(), true);
+    if (!fs::exists(path(name)) && files.size() == 1) {
+        throw common_atlas_error(404, "there is no memory file " + fs::path(path(name)).filename().string());
+    }
+    atlas_lock lock(lock_path(name), true);
     int32_t n = 0;
     std::error_code ec;
     for (const auto & file : files) {
         n += fs::remove(file, ec);
     }
-    fs::remove(fs::path(dir) / ("." + session_name(name) + ".lock"), ec);
-    if (n == 0) {
-        throw common_atlas_error(404, "there is no memory file " + session_name(name) + ".atlas");
-    }
+    fs::remove(lock_path(name), ec);
     return n;
 }

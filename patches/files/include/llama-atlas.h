@@ -48,6 +48,10 @@ extern "C" {
         int32_t n_cells;     // the parameters in force
         int32_t n_window;
         int32_t n_sink;
+        int32_t n_window_max; // what the context leaves for the window
+        int32_t n_used;      // memory cells in use, the mean over layers and heads
+        float   blend;
+        float   loss;        // relative error of the attention's output, against all candidates instead of those in cells; < 0: not measured yet
         bool    active;      // false: the sequence cannot slide (shared cells, odd positions)
     };
 
@@ -77,6 +81,13 @@ extern "C" {
     // (all of them, or 0 when the new prompt departs before the window, from which there is no way back)
     LLAMA_API int32_t llama_atlas_n_reusable(const struct llama_context * ctx, llama_seq_id seq_id, int32_t n_past);
 
+    // for the tokens to come: exact recent tokens, and the attention mass of the memory cells (as the parameters; < 0: those)
+    // more than the context's window is cut to it; both stay when the sequence is emptied
+    LLAMA_API void llama_atlas_set(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_window, float blend);
+
+    // fill the cells anew every n_refresh tokens of an answer, 1..256
+    LLAMA_API void llama_atlas_set_refresh(struct llama_context * ctx, int32_t n_refresh);
+
     // let a sequence's memory choose its cells anew, as if no token had got attention yet
     LLAMA_API void llama_atlas_forget(struct llama_context * ctx, llama_seq_id seq_id);
 
@@ -105,13 +116,24 @@ extern "C" {
         LLAMA_ATLAS_STATE_INVALID  = 2,
     };
 
-    // write the state of a sequence; it can be read by any context of the same model with the same cache types
-    // on failure the reason is in `text`
-    LLAMA_API enum llama_atlas_state_result llama_atlas_state_write(struct llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_io io, void * user, char * text, size_t n_text);
+    // the archive: any thread may write or read it, while nobody does anything with the sequence
+    // the KV cells: the thread that decodes
+    enum llama_atlas_state_section {
+        LLAMA_ATLAS_STATE_ARCHIVE = 0,
+        LLAMA_ATLAS_STATE_CELLS   = 1,
+    };
 
-    // replace a sequence by a state, from which it continues as it would have where the state was written
-    // nothing of what is read is trusted; on failure the sequence is empty
-    LLAMA_API enum llama_atlas_state_result llama_atlas_state_read (struct llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_io io, void * user, char * text, size_t n_text);
+    // write a section of a sequence's state; it can be read by any context of the same model with the same cache types
+    // on failure the reason is in `text`
+    LLAMA_API enum llama_atlas_state_result llama_atlas_state_write(
+            struct llama_context * ctx, llama_seq_id seq_id, enum llama_atlas_state_section section,
+            llama_atlas_state_io io, void * user, char * text, size_t n_text);
+
+    // fill an empty sequence: first the archive, then the cells; it continues as it would have where the state was written
+    // nothing of what is read is trusted; on failure the sequence is empty, once llama_memory_seq_rm() has been called for it
+    LLAMA_API enum llama_atlas_state_result llama_atlas_state_read(
+            struct llama_context * ctx, llama_seq_id seq_id, enum llama_atlas_state_section section,
+            llama_atlas_state_io io, void * user, char * text, size_t n_text);
 
     // identifies the model by its vocabulary, tensors, small weights and rotation, wherever its file is
     LLAMA_API uint64_t llama_atlas_model_hash(const struct llama_context * ctx);

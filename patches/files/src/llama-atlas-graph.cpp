@@ -12,15 +12,11 @@
 
 // the memory's operation in the graph of each layer: what it is given, and how the threads share its work
 
-// make room for n_new tokens of a sequence, and for what the threads need
+// make room for n_new tokens of a sequence
 void llama_atlas::reserve(seq & s, int64_t n_new) {
     const int64_t n_tok  = s.n_tok + n_new;
     const int64_t n_rows = n_sink + std::min(n_cap, GGML_PAD(n_tok + n_tok/8, 1024));
-    const int64_t n_blocks = n_rows/n_block + 2;
     const int64_t n_group  = std::max<int64_t>({ n_together, params.n_chunk, params.n_refresh });
-
-    int64_t n_lanes = 0;
-    int64_t d_max = 0;
 
     s.heads.resize(n_heads);
     s.wait.resize(layers.size());
@@ -40,7 +36,20 @@ void llama_atlas::reserve(seq & s, int64_t n_new) {
             h.surv.reserve(n_mem);
             h.cand.reserve((r_cand + 1)*n_mem + 2*n_block);
         }
-        s.wait[i].resize((int64_t) n_group*l.n_head_kv*l.n_rep*l.dk);
+        const size_t n_wait = n_group*l.n_head_kv*l.n_rep*l.dk; // may have been more
+        s.wait[i].resize(std::max(n_wait, s.wait[i].size()));
+    }
+}
+
+// make room for what the threads need for a sequence
+void llama_atlas::reserve_work(const seq & s) {
+    const int64_t n_rows   = s.heads[0].u.size(); // which grows in steps
+    const int64_t n_blocks = n_rows/n_block + 2;
+    const int64_t n_group  = std::max<int64_t>({ n_together, params.n_chunk, params.n_refresh });
+
+    int64_t n_lanes = 0;
+    int64_t d_max = 0;
+    for (const auto & l : layers) {
         n_lanes = std::max(n_lanes, atlas_pad_lanes(l.n_rep*n_group));
         d_max   = std::max<int64_t>({ d_max, l.dk, l.dv });
     }
@@ -67,7 +76,7 @@ void llama_atlas::reserve(seq & s, int64_t n_new) {
         grow(w->taken, n_mem);
         w->tok.reserve(n_score);
         w->chosen.reserve(n_mem + n_block);
-        w->ranked.reserve(s.heads[0].u.size()); // which grows in steps
+        w->ranked.reserve(n_rows);
     }
 }
 
@@ -117,6 +126,7 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
 
         try {
             reserve(s, n);
+            reserve_work(s);
         } catch (const std::bad_alloc &) {
             LLAMA_LOG_ERROR("%s: out of memory after %" PRId64 " tokens: the sequence cannot slide\n", __func__, s.n_tok);
             s.active = false;
@@ -167,6 +177,9 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
                 s.stage_v.emplace_back(s.cells.size()*l.v->nb[1]);
             }
         }
+
+        // the error of the choice: one layer after the other, now and then
+        j.measure = j.score && (j.choose || j.own) ? (s.n_tok/n_together) % (int64_t) layers.size() : -1;
 
         s.n_tok += n;
         s.n_wait = n_mem == 0 ? 0 : j.score ? 0 : s.n_wait + n;
@@ -309,6 +322,7 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
         if (j.choose) {
             a.choose(j, h, w);
             a.place(j, h, w, a.items[i]);
+            a.omega(j, l, g, h, w, in);
         }
     });
     if (any_own) {
@@ -328,6 +342,7 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
                 a.ask_end(l, h, w, a.items[i]);
                 a.choose(j, h, w);
                 a.place(j, h, w, a.items[i]);
+                a.omega(j, l, i % l.n_head_kv, h, w, in);
             }
         });
     }

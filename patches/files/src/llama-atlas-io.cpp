@@ -22,7 +22,7 @@
 // the state of a sequence: the same code writes it and reads it, so that both agree
 // what is read may come from anywhere: sizes, counts, indices and numbers are checked before they are used
 
-static constexpr uint32_t ATLAS_STATE_VERSION = 1;
+static constexpr uint32_t ATLAS_STATE_VERSION = 2;
 
 static constexpr float   ATLAS_VALUE_MAX = 1e7f; // larger than any key, value or query, so that no sum of products overflows
 static constexpr int64_t ATLAS_WAIT_MAX  = 512;  // queries that can wait
@@ -153,7 +153,7 @@ private:
     size_t n = 0;
 };
 
-void llama_atlas::state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_io fn, void * user, bool load) {
+void llama_atlas::state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io fn, void * user, bool load) {
     if (seq_id < 0 || (size_t) seq_id >= std::min<size_t>(seqs.size(), cparams.n_seq_max)) {
         throw atlas_mismatch(format("there is no sequence %d", seq_id));
     }
@@ -164,32 +164,33 @@ void llama_atlas::state(llama_memory_i & memory, llama_seq_id seq_id, llama_atla
     seq & s = seqs[seq_id];
     state_io io(fn, user, load);
 
-    if (!load) {
-        demand_fit(s.active, "the sequence shares its cells or was changed");
-        demand_fit(s.n_tok > 0, "the sequence is empty");
-    } else {
-        memory.seq_rm(seq_id, -1, -1);
-        reset(s);
-    }
+    const bool has_tokens = load && section == LLAMA_ATLAS_STATE_ARCHIVE ? s.n_tok == 0 : s.n_tok > 0;
+    demand_fit(s.active, "the sequence shares its cells or was changed");
+    demand_fit(has_tokens, load ? "the sequence is not empty" : "the sequence is empty");
 
     try {
-        state_counters(io, s);
-        if (load) {
-            reserve(s, 0);
-        }
-        for (auto * cache : caches) {
-            state_cells(io, s, *cache, seq_id);
-        }
-        for (size_t i = 0; i < layers.size(); ++i) {
-            state_layer(io, s, i);
-        }
-        if (load) {
-            state_resume(s, seq_id);
+        if (section == LLAMA_ATLAS_STATE_ARCHIVE) {
+            state_counters(io, s);
+            if (load) {
+                reserve(s, 0);
+            }
+            for (size_t i = 0; i < layers.size(); ++i) {
+                state_layer(io, s, i);
+            }
+        } else {
+            for (auto * cache : caches) {
+                state_cells(io, s, *cache, seq_id);
+            }
+            if (load) {
+                reserve_work(s);
+                state_resume(s, seq_id);
+            }
         }
     } catch (...) {
-        if (load) {
-            memory.seq_rm(seq_id, -1, -1);
+        if (load && section == LLAMA_ATLAS_STATE_ARCHIVE) {
             reset(s);
+        } else if (load) {
+            memory.seq_rm(seq_id, -1, -1);
         }
         throw;
     }
@@ -501,7 +502,7 @@ uint64_t llama_atlas::model_hash() const {
 // interface
 //
 
-static llama_atlas_state_result state_call(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_io io, void * user, char * text, size_t n_text, bool load) {
+static llama_atlas_state_result state_call(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text, bool load) {
     const auto fail = [&](llama_atlas_state_result res, const char * reason) {
         if (text && n_text > 0) {
             snprintf(text, n_text, "%s", reason);
@@ -512,9 +513,11 @@ static llama_atlas_state_result state_call(llama_context * ctx, llama_seq_id seq
     if (!atlas) {
         return fail(LLAMA_ATLAS_STATE_MISMATCH, "the context has no memory");
     }
-    ctx->synchronize();
+    if (section == LLAMA_ATLAS_STATE_CELLS) {
+        ctx->synchronize();
+    }
     try {
-        atlas->state(*ctx->get_memory(), seq_id, io, user, load);
+        atlas->state(*ctx->get_memory(), seq_id, section, io, user, load);
     } catch (const atlas_mismatch & e) {
         return fail(LLAMA_ATLAS_STATE_MISMATCH, e.what());
     } catch (const std::exception & e) {
@@ -523,12 +526,12 @@ static llama_atlas_state_result state_call(llama_context * ctx, llama_seq_id seq
     return LLAMA_ATLAS_STATE_OK;
 }
 
-llama_atlas_state_result llama_atlas_state_write(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
-    return state_call(ctx, seq_id, io, user, text, n_text, false);
+llama_atlas_state_result llama_atlas_state_write(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
+    return state_call(ctx, seq_id, section, io, user, text, n_text, false);
 }
 
-llama_atlas_state_result llama_atlas_state_read(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
-    return state_call(ctx, seq_id, io, user, text, n_text, true);
+llama_atlas_state_result llama_atlas_state_read(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
+    return state_call(ctx, seq_id, section, io, user, text, n_text, true);
 }
 
 uint64_t llama_atlas_model_hash(const llama_context * ctx) {

@@ -496,6 +496,80 @@ void llama_atlas::place(const job & j, head & h, work & w, item & it) {
     h.slot.assign(w.slot.begin(), w.slot.begin() + idx.size());
 }
 
+// How far is the output of the last query's attention from what it would be with all candidates (the first n_arch of tok)?
+void llama_atlas::omega(const job & j, const layer & l, int32_t g, head & h, work & w, const input & in) {
+    if (j.measure != &l - layers.data()) {
+        return;
+    }
+    const size_t row_k  = ggml_row_size(l.k->type, l.dk);
+    const size_t row_v  = ggml_row_size(l.v->type, l.dv);
+    const int64_t n_new = j.rows.size();
+
+    float * q   = w.qt.data();        // [n_rep][dk]
+    float * all = q + l.n_rep*l.dk;   // [n_rep][dv]
+    float * own = all + l.n_rep*l.dv; // [n_rep][dv]
+    std::fill(all, own + l.n_rep*l.dv, 0.0f);
+
+    for (int32_t r = 0; r < l.n_rep; ++r) {
+        float * x = q + r*l.dk;
+        memcpy(x, input::at(in.q, g*l.n_rep + r, j.rows[n_new - 1]), l.dk*sizeof(float));
+        if (l.rope >= 0) {
+            atlas_rotate(x, j.t_query[l.rope].row(j.n_wait + n_new - 1), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
+        }
+        for (int32_t c = 0; c < l.dk; ++c) {
+            x[c] *= l.scale;
+        }
+    }
+
+    w.tok.resize(w.n_arch);
+    for (int64_t t = 0; t < n_sink; ++t) {
+        w.tok.push_back(t);
+    }
+    for (int64_t t = j.s->n_win0; t < j.s->n_tok; ++t) {
+        w.tok.push_back(t);
+    }
+
+    const int64_t n = w.tok.size();
+    const int64_t n_pad = atlas_pad_lanes(n);
+    float * p = w.s.data();
+    for (int64_t i = 0; i < n; i += n_tile) {
+        const int64_t m = std::min(n_tile, n - i);
+        for (int64_t c = 0; c < m; ++c) {
+            atlas_load_row(l.k->type, h.k.data() + row(w.tok[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
+        }
+        atlas_dot_few(p + i, n_pad, w.kt.data(), q, m, l.dk, l.n_rep);
+    }
+
+    float * mass = w.tmp.data();
+    for (int32_t r = 0; r < l.n_rep; ++r) {
+        atlas_softmax_row(p + r*n_pad, n);
+        mass[r] = 0.0f;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        const bool in_cell = i >= (int64_t) w.n_arch || std::binary_search(h.idx.begin(), h.idx.end(), w.tok[i]);
+        atlas_load_row(l.v->type, h.v.data() + row(w.tok[i])*row_v, w.kt.data(), l.dv);
+        for (int32_t r = 0; r < l.n_rep; ++r) {
+            const float x = p[r*n_pad + i];
+            for (int32_t c = 0; c < l.dv; ++c) {
+                all[r*l.dv + c] += x*w.kt[c];
+                own[r*l.dv + c] += in_cell ? x*w.kt[c] : 0.0f;
+            }
+            mass[r] += in_cell ? x : 0.0f;
+        }
+    }
+    for (int32_t r = 0; r < l.n_rep; ++r) {
+        float d2 = 0.0f, a2 = 1e-20f;
+        for (int32_t c = 0; c < l.dv; ++c) {
+            const float a = all[r*l.dv + c];
+            const float d = a - own[r*l.dv + c]/(mass[r] + 1e-20f);
+            d2 += d*d;
+            a2 += a*a;
+        }
+        h.loss += sqrtf(d2/a2)/l.n_rep;
+    }
+    h.n_loss++;
+}
+
 // write listed cells of one head: keys rotated to sit just before the window, in time order, and new values
 void llama_atlas::write(const job & j, size_t i_layer, int32_t g, const head & h, work & w, const item & it, int64_t i0, int64_t i1) {
     const seq & s = *j.s;

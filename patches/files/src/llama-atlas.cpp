@@ -177,10 +177,6 @@ llama_atlas::llama_atlas(
             n_cap, cparams.n_seq_max, n_ctx, (int64_t) ((n_ctx + 3*n_block + params.n_chunk)*bytes_per_token*cparams.n_seq_max >> 20) + 1));
     }
 
-    if (params.blend < 1.0f) {
-        bias_mem = params.blend > 0.0f ? logf(params.blend) : -INFINITY;
-    }
-
     for (const auto & l : layers) {
         staged = staged || !ggml_backend_buffer_is_host(l.k->buffer) || !ggml_backend_buffer_is_host(l.v->buffer);
     }
@@ -192,6 +188,10 @@ llama_atlas::llama_atlas(
     }
 
     seqs.resize(cparams.kv_unified ? LLAMA_MAX_SEQ : cparams.n_seq_max);
+    wishes.resize(seqs.size());
+    for (size_t i = 0; i < seqs.size(); ++i) {
+        set(i, -1, -1.0f);
+    }
     kv->atlas = this;
 
     LLAMA_LOG_INFO("%s: %zu layers, %d KV heads, %" PRId64 " sinks + %" PRId64 " memory cells + window of %d, archive: %zu bytes/token, up to %" PRId64 " tokens of each sequence\n",
@@ -273,28 +273,26 @@ void llama_atlas::on_seq_mod(llama_seq_id seq_id) {
 }
 
 template <typename T>
-static void add_bias(T * data, const llama_ubatch & ubatch, int64_t n_kv, int64_t n_sink, float bias, const std::function<const std::vector<uint32_t> * (llama_seq_id)> & cells) {
+static void set_bias(T * row, const std::vector<uint32_t> & cells, int64_t n_sink, float bias) {
     const T value = llama_cast<T>(bias);
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        if (const auto * mem = cells(ubatch.seq_id[i][0])) {
-            for (size_t c = n_sink; c < mem->size(); ++c) {
-                data[i*n_kv + (*mem)[c]] = value;
-            }
-        }
+    for (size_t c = n_sink; c < cells.size(); ++c) {
+        row[cells[c]] = value;
     }
 }
 
 void llama_atlas::set_mask_bias(ggml_tensor * dst, const llama_ubatch & ubatch) const {
-    if (bias_mem == 0.0f) {
-        return;
-    }
-    const auto cells = [this](llama_seq_id seq_id) {
-        return seqs[seq_id].n_win0 > 0 ? &seqs[seq_id].cells : nullptr;
-    };
-    if (dst->type == GGML_TYPE_F16) {
-        add_bias((ggml_fp16_t *) dst->data, ubatch, dst->ne[0], n_sink, bias_mem, cells);
-    } else {
-        add_bias((float *) dst->data, ubatch, dst->ne[0], n_sink, bias_mem, cells);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+        const seq & s = seqs[seq_id];
+        const float bias = wishes[seq_id].bias;
+        if (bias == 0.0f || s.n_win0 == 0) {
+            continue;
+        }
+        if (dst->type == GGML_TYPE_F16) {
+            set_bias((ggml_fp16_t *) dst->data + i*dst->ne[0], s.cells, n_sink, bias);
+        } else {
+            set_bias((float *) dst->data + i*dst->ne[0], s.cells, n_sink, bias);
+        }
     }
 }
 
@@ -379,21 +377,21 @@ int32_t llama_atlas::prepare(llama_seq_id seq_id, int32_t n_want) {
     seq & s = seqs[seq_id];
 
     const int64_t n_used = kv->get_cells(seq_id).seq_pos_get(seq_id).size();
-    const int64_t n_free = (s.active ? n_ctx : (int64_t) kv->get_size()) - n_used;
+    const int64_t n_max  = s.active ? n_sink + n_mem + wishes[seq_id].n_window : (int64_t) kv->get_size();
 
-    if (!s.active || n_free > 0) {
-        return std::max<int64_t>(0, std::min<int64_t>(n_want, n_free));
+    if (!s.active || n_used < n_max) {
+        return std::max<int64_t>(0, std::min<int64_t>(n_want, n_max - n_used));
     }
 
     // a long prompt is read in chunks, for each of which the cells are filled
     const int64_t n_new  = std::min(n_want, params.n_chunk);
     const int64_t n_old  = s.n_win0 > 0 ? s.n_win0 : n_sink + n_mem;
-    const int64_t n_win0 = n_old + GGML_PAD(n_new, n_block);
+    const int64_t n_win0 = n_old + GGML_PAD(n_used + n_new - n_max, n_block);
 
     const int64_t t_start = ggml_time_us();
 
     std::vector<uint32_t> cells;
-    if (n_used != n_ctx || !find_cells(seq_id, cells)) {
+    if (n_used != n_sink + n_mem + s.n_tok - n_old || !find_cells(seq_id, cells)) {
         LLAMA_LOG_WARN("%s: sequence %d shares its cells or was changed: it cannot slide\n", __func__, seq_id);
         s.active = false;
         return 0;
@@ -423,14 +421,34 @@ llama_atlas_stats llama_atlas::stats(llama_seq_id seq_id) const {
     res.t_write     = s.t_write;
     res.t_slide     = s.t_slide;
     res.n_cells     = n_mem;
-    res.n_window    = params.n_window;
+    res.n_window    = wishes[seq_id].n_window;
     res.n_sink      = n_sink;
+    res.n_window_max = params.n_window;
+    res.blend       = wishes[seq_id].blend;
     res.active      = s.active;
+
+    int64_t n_used = 0, n_loss = 0;
     for (const auto & h : s.heads) {
+        n_used   += h.idx.size();
+        res.loss += h.loss;
+        n_loss   += h.n_loss;
         res.n_recalled += h.n_recalled;
         res.bytes += h.k.size() + h.v.size() + (h.u.capacity() + h.rep.capacity())*sizeof(float);
     }
+    res.n_used = n_used/n_heads;
+    res.loss   = n_loss > 0 ? res.loss/n_loss : -1.0f;
     return res;
+}
+
+void llama_atlas::set(llama_seq_id seq_id, int32_t n_window, float blend) {
+    wish & x = wishes[seq_id];
+    x.n_window = n_window < 0 ? params.n_window : std::clamp(n_window, std::min(params.n_window, std::max<int32_t>(n_window_min, 2*params.n_chunk)), params.n_window);
+    x.blend    = blend < 0.0f ? params.blend : std::min(blend, 1.0f);
+    x.bias     = x.blend > 0.0f ? logf(x.blend) : -INFINITY;
+}
+
+void llama_atlas::set_refresh(int32_t n_refresh) {
+    params.n_refresh = std::clamp(n_refresh, 1, 256);
 }
 
 void llama_atlas::forget(llama_seq_id seq_id) {
@@ -485,7 +503,7 @@ bool llama_atlas_configure(const llama_model * model, llama_context_params cpara
     const uint32_t n_all = GGML_PAD(cparams.n_ctx == 0 ? model->hparams.n_ctx_train : cparams.n_ctx, 256);
     const int64_t  n_ctx = cparams.kv_unified ? n_all/n_seq : GGML_PAD(n_all/n_seq, 256);
     const int64_t  n_sink = 4;
-    const int64_t  n_min  = 64; // smallest window
+    const int64_t  n_min  = llama_atlas::n_window_min;
 
     const bool own_refresh = params->n_refresh >= 0;
     if (!own_refresh) {
@@ -575,6 +593,20 @@ int32_t llama_atlas_prepare(llama_context * ctx, llama_seq_id seq_id, int32_t n_
 int32_t llama_atlas_n_reusable(const llama_context * ctx, llama_seq_id seq_id, int32_t n_past) {
     const auto * atlas = ctx->get_atlas();
     return atlas ? atlas->n_reusable(seq_id, n_past) : n_past;
+}
+
+void llama_atlas_set(llama_context * ctx, llama_seq_id seq_id, int32_t n_window, float blend) {
+    if (auto * atlas = ctx->get_atlas()) {
+        ctx->synchronize();
+        atlas->set(seq_id, n_window, blend);
+    }
+}
+
+void llama_atlas_set_refresh(llama_context * ctx, int32_t n_refresh) {
+    if (auto * atlas = ctx->get_atlas()) {
+        ctx->synchronize();
+        atlas->set_refresh(n_refresh);
+    }
 }
 
 void llama_atlas_forget(llama_context * ctx, llama_seq_id seq_id) {

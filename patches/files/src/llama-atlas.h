@@ -54,6 +54,8 @@ private:
 
 class llama_atlas {
 public:
+    static constexpr int32_t n_window_min = 64;
+
     // params must have passed llama_atlas_configure()
     llama_atlas(
             const llama_model        & model,
@@ -85,8 +87,11 @@ public:
 
     void forget(llama_seq_id seq_id);
 
+    void set(llama_seq_id seq_id, int32_t n_window, float blend);
+    void set_refresh(int32_t n_refresh);
+
     // write the state of a sequence or read it, throws on failure; see llama-atlas.h
-    void state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_io fn, void * user, bool load);
+    void state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io fn, void * user, bool load);
 
     uint64_t model_hash() const;
 
@@ -158,6 +163,9 @@ private:
 
         float   threshold = 0.0f; // the smallest u/age among the last survivors
         int64_t n_recalled = 0;
+
+        float   loss   = 0.0f; // sum over measurements, see omega()
+        int32_t n_loss = 0;
     };
 
     struct seq {
@@ -221,6 +229,7 @@ private:
         bool    choose; // fill the cells by the scores of these queries
         bool    own;    // fill the cells by the query of the one new token
         bool    slid;   // all their keys have to move
+        int64_t measure; // the layer in which the error of the choice is measured, -1: none
         std::vector<rope_table> t_key;   // per rope: angles of the new tokens' positions
         std::vector<rope_table> t_query; // ... that turn the queries to the common distance
     };
@@ -237,7 +246,14 @@ private:
     int64_t n_ctx;   // cells of a sequence: n_sink + n_mem + window
     int64_t n_cap;   // tokens of a sequence's archive
     float   dist;    // distance at which queries and keys are compared
-    float   bias_mem = 0.0f;
+
+    // what a sequence's user wants
+    struct wish {
+        int64_t n_window;
+        float   blend;
+        float   bias; // of the memory cells' logits
+    };
+    std::vector<wish> wishes; // per sequence
 
     std::vector<layer> layers;
     std::vector<rope>  ropes;
@@ -272,6 +288,7 @@ private:
     void reset(seq & s);
     void trim(seq & s, int64_t n);
     void reserve(seq & s, int64_t n_new);
+    void reserve_work(const seq & s);
     void settle();
     rope_table make_table(const rope & r, const std::vector<int32_t> & pos) const;
     bool find_cells(llama_seq_id seq_id, std::vector<uint32_t> & res) const;
@@ -306,6 +323,7 @@ private:
     void ask_end   (const layer & l, const head & h, work & w, item & it);
     void choose    (const job & j, head & h, work & w);
     void place     (const job & j, head & h, work & w, item & it);
+    void omega     (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
     void write     (const job & j, size_t i_layer, int32_t g, const head & h, work & w, const item & it, int64_t i0, int64_t i1);
     void upload    (const job & j, size_t i_layer);
 };

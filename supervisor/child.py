@@ -19,6 +19,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ log = logging.getLogger(__name__)
 STATE_PREFIX = b"cmd_child_to_router:state:"
 EXIT_COMMAND = b"cmd_router_to_child:exit\n"
 COMMAND_SECONDS = 0.5
-"""How long a child may take to follow the command to exit before it gets SIGTERM too; it takes 0.05 s."""
+"""How long a child that has just loaded may take to follow the command to exit before it gets SIGTERM too."""
+
+YOUNG_SECONDS = 5.0
+"""How long after a load the command may still come too soon to be followed."""
 
 POLL_AFTER = 0.25
 """Seconds without a word of the child protocol after which /health is polled."""
@@ -70,8 +74,10 @@ def _die_with(parent: int) -> Callable[[], None] | None:
 class Child:
     """One llama-server process. `start` once, then `wait` for its end or `stop` it."""
 
-    def __init__(self, model: str, command: list[str], socket: Path, log_: ChildLog) -> None:
+    def __init__(self, model: str, command: list[str], socket: Path, log_: ChildLog, patience: float) -> None:
+        """`patience`: how many seconds it may take to stop."""
         self.model = model
+        self.patience = patience
         self.command = command
         self.socket = socket
         self.log = log_
@@ -84,6 +90,7 @@ class Child:
         self._turn = asyncio.Lock()  # a stop waits for a spawn under way
         self._pumps: list[asyncio.Task[None]] = []
         self._ready = asyncio.Event()
+        self._ready_at = inf
         self._spoke = False
         self._last_sign = 0.0
         self._on_progress: Callable[[], None] = lambda: None
@@ -175,36 +182,40 @@ class Child:
         await self._finish_pumps()
         return code
 
-    async def stop(self, patience: float) -> None:
-        """End the process: cut its connections, ask it to exit, SIGKILL after `patience` seconds."""
+    async def stop(self) -> None:
+        """End the process: cut its connections, ask it to exit, SIGKILL when its patience is over."""
         self.stopping = True
         self.pool.cut()  # llama-server hangs on SIGTERM while a request is in flight
         async with self._turn:
             process = self._process
             if process is None:
                 return
-            if process.returncode is None and not await self._exits(process, patience):
-                log.warning("model %s: pid %d did not stop in %g s, killing it", self.model, self.pid, patience)
+            if process.returncode is None and not await self._exits(process):
+                log.warning("model %s: pid %d did not stop in %g s, killing it", self.model, self.pid, self.patience)
                 self.kill()
                 await process.wait()
             await self._finish_pumps()
 
-    async def _exits(self, process: Process, patience: float) -> bool:
-        """Ask the process to exit and say whether it did within `patience` seconds.
+    async def _exits(self, process: Process) -> bool:
+        """Ask the process to exit and say whether it did.
 
-        Where the protocol is spoken, the command comes first, for there SIGTERM alone waits for the end of stdin;
-        SIGTERM follows, for a command that comes right after the load is lost (b11434).
+        Where the protocol is spoken, the command comes first, for there SIGTERM alone waits for the end of stdin.
+        SIGTERM follows only if the command may have been lost, as one right after the load is (b11434): a child that
+        saves its memory is left alone, and one that got a SIGTERM from somebody else would die of the second.
         """
         ended = asyncio.ensure_future(process.wait())
         try:
             stdin = process.stdin
             if self._spoke and self._ready.is_set() and stdin is not None and not stdin.is_closing():
                 stdin.write(EXIT_COMMAND)
-                await asyncio.wait({ended}, timeout=min(COMMAND_SECONDS, patience / 2))
+                young = asyncio.get_running_loop().time() - self._ready_at < YOUNG_SECONDS
+                await asyncio.wait({ended}, timeout=min(COMMAND_SECONDS, self.patience / 2) if young else self.patience)
+                if not young:
+                    return ended.done()
             if not ended.done():
                 with suppress(ProcessLookupError):
                     process.terminate()
-                await asyncio.wait({ended}, timeout=patience)
+                await asyncio.wait({ended}, timeout=self.patience)
             return ended.done()
         finally:
             ended.cancel()
@@ -261,6 +272,7 @@ class Child:
                 self.progress = None
                 if payload:
                     self.info = payload
+                self._ready_at = self._last_sign
                 self._ready.set()
 
     async def _pump_log(self, stream: asyncio.StreamReader) -> None:

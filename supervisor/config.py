@@ -35,7 +35,7 @@ class ServerSection(Section):
 
 
 class AtlasValues(Section):
-    """The parameters of the memory; null leaves the choice to the child, which prints what it chose and why."""
+    """What holds for all models and can be set for one; null leaves the choice to the child."""
 
     cells: int | None = Field(
         None, ge=0, le=1 << 20, multiple_of=16, description="Memory cells, a multiple of 16; 0: the window only."
@@ -53,6 +53,16 @@ class AtlasValues(Section):
         None, ge=0, le=1, allow_inf_nan=False, description="Scales the attention on memory cells; 0: never read."
     )
     archive_max_mb: int | None = Field(None, ge=1, le=1 << 24, description="Most memory for the archive, in MiB.")
+    memory_backup_count: int | None = Field(
+        None, ge=0, le=1000, description="Previous versions of a memory file that are kept; null: 3."
+    )
+    memory_compress_level: int | None = Field(None, ge=-7, le=19, description="zstd level of memory files; null: 1.")
+    auto_save_seconds: int | None = Field(
+        None,
+        ge=0,
+        le=86400 * 365,
+        description="How long a changed session may stay unsaved while requests run; 0: for ever; null: 300.",
+    )
 
 
 class AtlasSection(AtlasValues):
@@ -61,12 +71,22 @@ class AtlasSection(AtlasValues):
     enabled: Literal["off", "on", "auto"] = Field(
         "off", description="`on` refuses models that cannot have it; `auto` serves them without."
     )
+    memory_directory: Path | None = Field(
+        None, description="Memory files, in a folder for each model (made 0700); default: in the user's state folder."
+    )
+    memory_persist: bool = Field(
+        False, description="Keep the memory of a model's last request without a session when it stops."
+    )
+    save_seconds: Seconds = Field(
+        30, description="How long a stopping child may take to save its memory, beside server.stop_seconds."
+    )
 
 
 class AtlasOverride(AtlasValues):
     """The long-context memory of one model; null: as in `atlas`."""
 
     enabled: Literal["off", "on", "auto"] | None = Field(None, description="As in `atlas`.")
+    memory_persist: bool | None = Field(None, description="As in `atlas`.")
 
 
 class ModelOverride(Section):

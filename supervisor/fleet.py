@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from supervisor import plan
+from supervisor import atlas_folder, plan
 from supervisor.child import Child, describe_exit
 from supervisor.childlog import ChildLog, file_name
 from supervisor.config import Config
@@ -241,7 +241,7 @@ class Fleet:
             child = self._make_child(model)
             began = self._now()
             pid = await child.spawn(plan.override_for(self.config, self._model(model)).env)
-            self.runtime.record(child.socket, pid)
+            self.runtime.record(child.socket, pid, child.patience)
             log.info("model %s: llama-server %d starting", model, pid)
             running = child
             await child.until_ready(self.config.models.load_stall_seconds, lambda: self._publish_progress(running))
@@ -263,7 +263,7 @@ class Fleet:
         log.error("%s", error.message)
         code = child.exit_code if child else None
         if child is not None:
-            await child.stop(self.config.server.stop_seconds)
+            await child.stop()
             self._forget(model, child)
         data = {"status": "unloaded", "failed": True, "exit_code": code, "error": error.message}
         self._publish(model, "model_status", data)
@@ -273,7 +273,7 @@ class Fleet:
     async def _stop(self, model: str) -> None:
         child = self.children.get(model)
         if child is not None:
-            await child.stop(self.config.server.stop_seconds)
+            await child.stop()
             self._forget(model, child)
         log.info("model %s: stopped", model)
         self._publish(model, "model_status", {"status": "unloaded"})
@@ -287,13 +287,32 @@ class Fleet:
             raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
         self.scheduler.limits = limits(self.config, binary)  # there may be a newer build by now
         socket = self.runtime.new_socket()
-        command = plan.command(binary, model, self.config, socket)
-        child = Child(model_id, command, socket, self.log_of(model_id))
+        command = plan.command(binary, model, self.config, socket, memory_folder=self._memory_folder(model))
+        child = Child(model_id, command, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
         self.children[model_id] = child
         entry = self.scheduler.entry(model_id)
         entry.pinned = plan.override_for(self.config, model).pin
         entry.idle_unload = plan.idle_unload(self.config, model)
         return child
+
+    def _memory_folder(self, model: Model) -> Path | None:
+        """Return the folder for the memory files of `model`, made if need be; None: it gets none.
+
+        Raises `StartFailed` when the one that the settings name cannot be made.
+        """
+        if plan.atlas_of(self.config, model).enabled == "off":
+            return None
+        root = self.config.atlas.memory_directory
+        folder = atlas_folder.folder_of(root, model.id)
+        try:
+            atlas_folder.make(folder)
+        except OSError as error:
+            reason = f"no folder for memory files: {folder}: {error.strerror or error}"
+            if root is not None:
+                raise StartFailed(f"model {model.id!r}: {reason}; see atlas.memory_directory", param="model") from error
+            log.warning("model %s: %s; set atlas.memory_directory", model.id, reason)
+            return None
+        return folder
 
     def _model(self, model_id: str) -> Model:
         model = self.catalog.get(model_id)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from supervisor.config import Config, ModelOverride, PerformanceSection
+from supervisor.config import AtlasSection, Config, ModelOverride, PerformanceSection
 from supervisor.models.catalog import Model
 from supervisor.models.gguf import Header
 from supervisor.setup import native
@@ -63,8 +63,13 @@ def command(
     config: Config,
     socket: Path,
     total_memory: Callable[[], int] = lambda: psutil.virtual_memory().total,
+    *,
+    memory_folder: Path | None = None,
 ) -> list[str]:
-    """Return the argument vector that starts `model` on `socket`. Later flags win over earlier ones."""
+    """Return the argument vector that starts `model` on `socket`. Later flags win over earlier ones.
+
+    `memory_folder` is where its memory files are; without one it has none.
+    """
     override = override_for(config, model)
     performance = config.performance
     args = [str(binary), "--model", str(model.path), "--host", str(socket)]
@@ -86,7 +91,7 @@ def command(
         args += ["--n-gpu-layers", str(performance.gpu_layers)]
     if performance.parallel is not None:
         args += ["--parallel", str(performance.parallel)]
-    args += atlas_flags(config, override)
+    args += atlas_flags(atlas_of(config, model), memory_folder)
     if config.monitoring.child_metrics:
         args.append("--metrics")
     if native.is_cpu_build(binary):
@@ -107,19 +112,40 @@ ATLAS_FLAGS = {
 }
 """The child's flag for each parameter of the `atlas` section."""
 
+MEMORY_FLAGS = {
+    "memory_backup_count": "--atlas-memory-backup-count",
+    "memory_compress_level": "--atlas-memory-compress",
+    "auto_save_seconds": "--atlas-auto-save-interval",
+}
+"""The child's flag for each setting of its memory files."""
 
-def atlas_flags(config: Config, override: ModelOverride) -> list[str]:
+
+def atlas_of(config: Config, model: Model) -> AtlasSection:
+    """Return the `atlas` settings of one model."""
+    own = override_for(config, model).atlas
+    return config.atlas if own is None else config.atlas.model_copy(update=own.model_dump(exclude_none=True))
+
+
+def atlas_flags(atlas: AtlasSection, memory_folder: Path | None = None) -> list[str]:
     """Return the child's flags for the long-context memory; none when it is off, so any llama-server starts."""
-    values = config.atlas.model_dump()
-    if override.atlas is not None:
-        values |= override.atlas.model_dump(exclude_none=True)
-    if values["enabled"] == "off":
+    if atlas.enabled == "off":
         return []
-    args = ["--atlas" if values["enabled"] == "on" else "--atlas-auto"]
-    for name, flag in ATLAS_FLAGS.items():
-        if values[name] is not None:
-            args += [flag, str(values[name])]
+    args = ["--atlas" if atlas.enabled == "on" else "--atlas-auto"]
+    flags = ATLAS_FLAGS
+    if memory_folder is not None:
+        args += ["--atlas-memory-dir", str(memory_folder)]
+        args += ["--atlas-memory-persist"] if atlas.memory_persist else []
+        flags = ATLAS_FLAGS | MEMORY_FLAGS
+    for name, flag in flags.items():
+        if (value := getattr(atlas, name)) is not None:
+            args += [flag, str(value)]
     return args
+
+
+def stop_seconds(config: Config, model: Model) -> float:
+    """Return how long the child of `model` may take to exit: one with a memory may have much to save."""
+    saves = atlas_of(config, model).enabled != "off"
+    return config.server.stop_seconds + (config.atlas.save_seconds if saves else 0)
 
 
 def override_for(config: Config, model: Model) -> ModelOverride:

@@ -1,8 +1,8 @@
 """Where do sockets and locks live, and what is left behind when a supervisor is killed?
 
 A private folder (0700) holds one sub-folder for each running supervisor, named by its pid and locked with
-flock. A sub-folder whose lock is free belongs to a dead supervisor: whatever of its children still lives is
-killed, and the folder is removed.
+flock. A sub-folder whose lock is free belongs to a dead supervisor: whatever of its children still lives may
+exit by itself for as long as it might save its memory, then it is killed, and the folder is removed.
 """
 
 from __future__ import annotations
@@ -84,11 +84,14 @@ class Runtime:
         self._count += 1
         return self.folder / f"{self._count}.sock"
 
-    def record(self, socket: Path, pid: int) -> None:
-        """Remember that `pid` belongs to `socket`, for the next supervisor should this one be killed."""
+    def record(self, socket: Path, pid: int, patience: float) -> None:
+        """Remember that `pid` belongs to `socket`, for the next supervisor should this one be killed.
+
+        `patience`: how many seconds the next one gives it to exit by itself.
+        """
         try:
             born = psutil.Process(pid).create_time()
-            socket.with_suffix(".pid").write_text(f"{pid} {born}\n")
+            socket.with_suffix(".pid").write_text(f"{pid} {born} {patience}\n")
         except (psutil.Error, OSError) as error:
             log.debug("pid %d not recorded: %s", pid, error)
 
@@ -169,11 +172,15 @@ def _try_lock(folder: Path) -> int | None:
 
 
 def _kill_recorded(record: Path) -> None:
-    """Kill the child that `record` names, if it is still the same process."""
+    """Kill the child that `record` names, if it is still the same process when its patience is over."""
     try:
-        pid, born = record.read_text().split()
+        pid, born, patience = record.read_text().split()
         process = psutil.Process(int(pid))
         if abs(process.create_time() - float(born)) < 1:
+            with suppress(psutil.TimeoutExpired):
+                log.info("waiting for llama-server %s, left behind by a dead supervisor", pid)
+                process.wait(timeout=float(patience))
+                return
             log.warning("killing llama-server %s, left behind by a dead supervisor", pid)
             process.kill()
             process.wait(timeout=5)

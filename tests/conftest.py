@@ -105,6 +105,7 @@ async def start(short_tmp: Path, native_server: Path) -> AsyncIterator[Start]:
                 "server": {"port": 0, "llama_server": native_server, "runtime_dir": short_tmp / "run"},
                 "models": {"directory": models, "settle_seconds": 0.2},
                 "performance": {"context_size": 2048, "threads": 1},
+                "atlas": {"memory_directory": short_tmp / "memory"},
                 "logging": {"directory": short_tmp / "logs"},
             }
             for section, values in sections.items():

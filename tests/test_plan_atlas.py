@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from supervisor.config import Config, ModelOverride
-from supervisor.plan import atlas_flags
+from supervisor.config import Config
+from supervisor.models.model_files import Model
+from supervisor.plan import atlas_flags, atlas_of, stop_seconds
+
+MODEL = Model("m", Path("/m.gguf"), (Path("/m.gguf"),), None, 1, 0.0, None, None)
+MEMORY = Path("/memory/m")
 
 
-def flags(atlas: dict[str, Any], own: dict[str, Any] | None = None) -> list[str]:
-    config = Config.model_validate({"atlas": atlas})
-    return atlas_flags(config, ModelOverride.model_validate({"atlas": own}))
+def flags(atlas: dict[str, Any], own: dict[str, Any] | None = None, folder: Path | None = None) -> list[str]:
+    return atlas_flags(atlas_of(config(atlas, own), MODEL), folder)
+
+
+def config(atlas: dict[str, Any], own: dict[str, Any] | None = None) -> Config:
+    return Config.model_validate({"atlas": atlas, "models": {"overrides": {"m": {"atlas": own}}}})
 
 
 def test_off_is_the_default_and_adds_nothing() -> None:
@@ -43,10 +51,38 @@ def test_a_model_overrides_single_keys() -> None:
     assert flags({}, {"enabled": "on"}) == ["--atlas"]
 
 
+def test_memory_files_have_their_flags_where_there_is_a_folder() -> None:
+    values = {"enabled": "auto", "memory_backup_count": 5, "memory_compress_level": -2, "auto_save_seconds": 0}
+    assert flags({"enabled": "on"}, folder=MEMORY) == ["--atlas", "--atlas-memory-dir", "/memory/m"]
+    assert (
+        flags(values | {"memory_persist": True}, folder=MEMORY)
+        == (
+            "--atlas-auto --atlas-memory-dir /memory/m --atlas-memory-persist --atlas-memory-backup-count 5 "
+            "--atlas-memory-compress -2 --atlas-auto-save-interval 0"
+        ).split()
+    )
+    assert flags(values) == ["--atlas-auto"]
+    assert flags(values, {"enabled": "off"}, MEMORY) == []
+    own = {"memory_persist": True, "memory_backup_count": 0}
+    assert flags({"enabled": "on"}, own, MEMORY)[3:] == ["--atlas-memory-persist", "--atlas-memory-backup-count", "0"]
+
+
+def test_a_child_with_a_memory_has_the_time_to_save_it() -> None:
+    assert stop_seconds(config({}), MODEL) == 5
+    assert stop_seconds(config({"enabled": "auto", "save_seconds": 7}), MODEL) == 12
+    assert stop_seconds(config({"enabled": "auto"}, {"enabled": "off"}), MODEL) == 5
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("enabled", "yes"),
+        ("memory_persist", 2),
+        ("memory_backup_count", -1),
+        ("memory_backup_count", 1001),
+        ("memory_compress_level", 20),
+        ("memory_compress_level", -8),
+        ("auto_save_seconds", -1),
         ("cells", -16),
         ("cells", 17),
         ("window", 63),

@@ -40,7 +40,7 @@ def test_the_folder_of_a_dead_supervisor_goes_with_its_children(short_tmp, sleep
     runtime = Runtime(short_tmp / "run")
     folder = dead_supervisor(runtime.root)
     writer = Runtime(short_tmp / "run")
-    writer.record(folder / "1.sock", sleeper.pid)
+    writer.record(folder / "1.sock", sleeper.pid, 0)
     runtime.open()
     assert not psutil.pid_exists(sleeper.pid)
     assert [path.name for path in runtime.root.iterdir()] == [str(os.getpid())]
@@ -48,17 +48,27 @@ def test_the_folder_of_a_dead_supervisor_goes_with_its_children(short_tmp, sleep
     assert not runtime.root.exists()
 
 
+def test_a_child_that_saves_its_memory_exits_by_itself(short_tmp):
+    runtime = Runtime(short_tmp / "run")
+    folder = dead_supervisor(runtime.root)
+    slow = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+    Runtime(short_tmp / "run").record(folder / "1.sock", slow.pid, 60)
+    runtime.open()
+    assert slow.wait() == 0
+    runtime.close()
+
+
 def test_a_record_of_another_process_with_the_same_pid_kills_nobody(short_tmp, sleeper):
     runtime = Runtime(short_tmp / "run")
     folder = dead_supervisor(runtime.root)
-    (folder / "1.pid").write_text(f"{sleeper.pid} 1000.0\n")
+    (folder / "1.pid").write_text(f"{sleeper.pid} 1000.0 0\n")
     runtime.open()
     assert sleeper.poll() is None
     assert not folder.exists()
     runtime.close()
 
 
-@pytest.mark.parametrize("record", ["", "x y\n", "1\n", f"{2**70} 1.0\n", "-1 1.0\n", "0 1.0\n"])
+@pytest.mark.parametrize("record", ["", "x y z\n", "1\n", "1 1.0\n", f"{2**70} 1.0 0\n", "-1 1.0 0\n", "0 1.0 0\n"])
 def test_a_broken_record_is_removed(short_tmp, record):
     runtime = Runtime(short_tmp / "run")
     folder = dead_supervisor(runtime.root)

@@ -1,0 +1,122 @@
+"""Sessions through the supervisor: they outlive swaps, restarts and cut answers, and belong to one model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from supervisor import atlas_file
+
+TEXT = (Path(__file__).parents[1] / "data" / "text.txt").read_text()
+TURNS = [TEXT[:3000], "\n\nIn short, the above says that", "\n\nTo put it in another way,", "\n\nAnd so"]
+
+
+def sections(**atlas: Any) -> dict[str, Any]:
+    """One model at a time, one slot, 512 cells; everything else of the memory as it is by default."""
+    return {
+        "models": {"max_loaded_models": 1, "default_model": "a"},
+        "atlas": {"enabled": "auto"} | atlas,
+        "performance": {"context_size": 512, "parallel": 1, "threads": 2},
+    }
+
+
+async def complete(running, prompt: str, tokens: int = 32, model: str = "a", **atlas: Any) -> dict[str, Any]:
+    body = {"model": model, "prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+    status, answer = await running.json("POST", "/completion", body | {"return_tokens": True, "atlas": atlas})
+    assert status == 200, answer
+    result: dict[str, Any] = answer
+    return result
+
+
+async def until_gone(running, model: str) -> None:
+    async with asyncio.timeout(60):
+        while await running.state(model) != "absent":
+            await asyncio.sleep(0.05)
+
+
+async def swap(running) -> None:
+    """Let the other model push `a` out."""
+    await complete(running, "Hello", 1, "b")
+    await until_gone(running, "a")
+
+
+async def test_a_session_goes_on_after_swaps_and_a_restart_as_without(start, smollm2, gemma3):
+    running = await start({"a": smollm2, "b": gemma3}, **sections())
+    expected = [(await complete(running, turn, memory_file="still"))["tokens"] for turn in TURNS]
+
+    # saved by nothing but the ends of the children
+    turns = iter(TURNS)
+    told = [await complete(running, next(turns), memory_file="moved", save_memory=False)]
+    for turn in turns:
+        await swap(running)
+        if turn == TURNS[-1]:
+            await running.supervisor.shutdown()
+            running = await start({}, **sections())
+        told.append(await complete(running, turn, memory_file="moved", save_memory=False))
+    assert [answer["tokens"] for answer in told] == expected
+    assert [answer["timings"]["prompt_n"] < 32 for answer in told] == [False, True, True, True]
+    assert told[-1]["atlas"]["n_archived"] > 512
+
+
+async def test_models_have_sessions_of_their_own(start, smollm2, gemma3, short_tmp):
+    running = await start({"a": smollm2, "b": gemma3}, **sections())
+    alone = [await complete(running, "The capital of France is", 8, model, memory_file="alone") for model in "ab"]
+    for model, before in zip("ab", alone, strict=True):
+        answer = await complete(running, "The capital of France is", 8, model, memory_file="same")
+        assert answer["tokens"] == before["tokens"]
+    more = [await complete(running, " and", 8, model, memory_file="same") for model in "ab"]
+    for model, again in zip("ab", more, strict=True):
+        assert (await complete(running, " and", 8, model, memory_file="alone"))["tokens"] == again["tokens"]
+        _, listed = await running.json("GET", f"/v1/atlas/memory?model={model}")
+        assert [(one["name"], one["compatible"]) for one in listed["files"]] == [("alone", True), ("same", True)]
+        assert {path.name for path in (short_tmp / "memory" / model).glob("*.atlas")} == {"alone.atlas", "same.atlas"}
+
+
+async def test_an_answer_that_is_cut_leaves_a_session_that_goes_on(start, smollm2):
+    running = await start({"a": smollm2}, **sections())
+    body = {"prompt": TEXT[:1500], "n_predict": 100_000, "stream": True, "ignore_eos": True, "temperature": 0}
+    body["atlas"] = {"memory_file": "cut"}
+    async with running.http.post(running.url + "/completion", json=body) as response:
+        await response.content.readline()
+        await running.json("POST", "/models/unload", {"model": "a", "force": True})
+        await until_gone(running, "a")
+    answer = await complete(running, " and", memory_file="cut")
+    assert answer["timings"]["cache_n"] > 200
+    assert answer["timings"]["prompt_n"] < 32
+
+
+async def test_a_second_signal_does_not_cut_a_save(start, smollm2, short_tmp):
+    """As from `systemctl stop`, which sends SIGTERM to the supervisor and its children alike."""
+    running = await start({"a": smollm2}, **sections(memory_compress_level=11, save_seconds=200))
+    await complete(running, TEXT[:5000], 1, memory_file="slow", save_memory=False)
+    await asyncio.sleep(5)  # children that have just loaded are treated otherwise
+    os.kill(running.supervisor.fleet.children["a"].pid, signal.SIGTERM)
+    await running.supervisor.shutdown()
+    saved = atlas_file.read(short_tmp / "memory" / "a" / "slow.atlas")
+    saved.verify()
+    assert saved.header.session.n_tokens > 1024
+    assert not list((short_tmp / "memory" / "a").glob("*.tmp"))
+
+
+async def test_the_memory_of_requests_without_a_session_persists(start, smollm2, gemma3, short_tmp):
+    own = {"overrides": {"b": {"atlas": {"memory_persist": False}}}}
+    with_persist = sections(memory_persist=True)
+    with_persist["models"] |= own
+    running = await start({"a": smollm2, "b": gemma3}, **with_persist)
+    answer = await complete(running, TURNS[0])
+    await swap(running)
+    again = await complete(running, TURNS[0] + answer["content"] + " And")
+    assert again["timings"]["prompt_n"] < 32
+    assert [path.name for path in (short_tmp / "memory").rglob("*.atlas")] == ["a_memory.atlas"]
+
+
+async def test_a_folder_that_cannot_be_made_is_told(start, smollm2, short_tmp):
+    (short_tmp / "memory").write_text("no folder")
+    running = await start({"a": smollm2}, **sections())
+    status, answer = await running.json("POST", "/completion", {"prompt": "Hello", "n_predict": 1})
+    assert status == 503
+    assert "no folder for memory files" in answer["error"]["message"]
+    assert "atlas.memory_directory" in answer["error"]["message"]

@@ -146,7 +146,8 @@ class Scheduler:
         if entry.state is State.FAILED and now < entry.retry_at:
             assert entry.error is not None
             return [Refuse(ticket, _again(entry.error, entry.retry_at - now))]
-        if not start and entry.state in (State.ABSENT, State.FAILED):
+        returns = entry.state in (State.DRAINING, State.STOPPING) and (entry.waiters or entry.wanted)
+        if not start and entry.state is not State.STARTING and not returns:
             return [Refuse(ticket, NotLoaded(f"model {model!r} is not loaded", param="model"))]
         if len(entry.waiters) >= self.limits.queue_limit:
             message = f"{len(entry.waiters)} requests wait for model {model!r} already"

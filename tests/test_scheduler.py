@@ -300,6 +300,19 @@ def test_requests_that_must_not_start_a_model():
     assert s.ready("a", 1) == [Grant(2, "a")]
 
 
+def test_requests_that_must_not_start_a_model_do_not_bring_back_one_that_goes():
+    s = scheduler()
+    ready(s, "a")
+    s.request(1, "a", 1)
+    s.unload("a", 2)
+    assert refusals(s.request(2, "a", 3, start=False)) == {2: NotLoaded}
+    assert s.release(1, 4) == [Stop("a", "drained")]
+    assert refusals(s.request(3, "a", 5, start=False)) == {3: NotLoaded}
+    s.request(4, "a", 6)
+    assert s.request(5, "a", 7, start=False) == []  # it comes back for another
+    assert s.stopped("a", 8) == [Start("a")]
+
+
 def test_unload_drains_within_a_bound():
     s = scheduler(drain=30)
     ready(s, "a")

@@ -23,9 +23,10 @@ HOP_BY_HOP: Final = frozenset(
         "upgrade",
         "content-length",
         "expect",
+        "x-atlas-owner",
     )
 )
-"""Headers that belong to one connection (RFC 9110, 7.6.1), and those that each side sets anew."""
+"""Headers that belong to one connection (RFC 9110, 7.6.1), and those that each side sets anew or we alone may set."""
 
 _BODILESS: Final = frozenset((204, 304))
 

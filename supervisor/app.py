@@ -23,7 +23,7 @@ from supervisor.errors import MethodNotAllowed, ModelNotFound, NotFound, Supervi
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
-from supervisor.routes import admin, models, streams
+from supervisor.routes import admin, atlas, models, streams
 from supervisor.routes import native as native_routes
 from supervisor.routes.keys import CATALOG, CONVERSATIONS, FLEET, SETTINGS, URLS
 from supervisor.runtime import Runtime, RuntimeFolderError
@@ -68,6 +68,7 @@ def make_app(settings: Settings, catalog: Catalog, fleet: Fleet) -> web.Applicat
     app[CATALOG], app[FLEET], app[SETTINGS] = catalog, fleet, settings
     app[CONVERSATIONS] = OrderedDict()
     native_routes.add(app)
+    atlas.add(app)
     streams.add(app)
     models.add(app)
     admin.add(app)

@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from supervisor.atlas_support import Support
 from supervisor.childlog import ChildLog
 from supervisor.errors import StartFailed
 from supervisor.upstream import Pool, UpstreamClosed
@@ -85,6 +86,7 @@ class Child:
         self.progress: dict[str, Any] | None = None
         self.info: dict[str, Any] = {}
         self.patches: str | None = None
+        self.atlas: Support | None = None
         self.stopping = False
         self._process: Process | None = None
         self._turn = asyncio.Lock()  # a stop waits for a spawn under way

@@ -10,9 +10,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from supervisor import atlas_folder, plan
+from supervisor import atlas_folder, atlas_support, plan
 from supervisor.child import Child, describe_exit
-from supervisor.childlog import ChildLog, file_name
+from supervisor.childlog import TAIL_LINES, ChildLog, file_name
 from supervisor.config import Config
 from supervisor.errors import ChildFailed, ModelNotFound, StartFailed, SupervisorError
 from supervisor.models.catalog import Catalog, Change, Model
@@ -248,7 +248,7 @@ class Fleet:
             log.info("model %s: ready after %.2f s", model, self._now() - began)
             self._publish(model, "model_status", {"status": "loaded", "info": child.info})
             self._apply(self.scheduler.ready(model, self._now()))
-            self._spawn(self._check_patches(child))
+            self._spawn(self._get_to_know(child))
             code = await child.wait()
             if not child.stopping:
                 raise child.failure(f"llama-server {describe_exit(code)}")
@@ -287,7 +287,7 @@ class Fleet:
             raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
         self.scheduler.limits = limits(self.config, binary)  # there may be a newer build by now
         socket = self.runtime.new_socket()
-        command = plan.command(binary, model, self.config, socket, memory_folder=self._memory_folder(model))
+        command = plan.command(binary, model, self.config, socket, folder=self._memory_folder(model))
         child = Child(model_id, command, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
         self.children[model_id] = child
         entry = self.scheduler.entry(model_id)
@@ -302,13 +302,12 @@ class Fleet:
         """
         if plan.atlas_of(self.config, model).enabled == "off":
             return None
-        root = self.config.atlas.memory_directory
-        folder = atlas_folder.folder_of(root, model.id)
+        folder = plan.memory_folder(self.config, model)
         try:
             atlas_folder.make(folder)
         except OSError as error:
             reason = f"no folder for memory files: {folder}: {error.strerror or error}"
-            if root is not None:
+            if self.config.atlas.memory_directory is not None:
                 raise StartFailed(f"model {model.id!r}: {reason}; see atlas.memory_directory", param="model") from error
             log.warning("model %s: %s; set atlas.memory_directory", model.id, reason)
             return None
@@ -329,22 +328,28 @@ class Fleet:
         if not any(entry.state in OCCUPYING for entry in self.scheduler.entries.values()):
             self._gone.set()
 
-    async def _check_patches(self, child: Child) -> None:
-        """Warn when a child is not built from our patch series."""
+    async def _get_to_know(self, child: Child) -> None:
+        """Ask a child that has loaded for its patch series and its memory; warn when the patches are not ours."""
         try:
             status, body = await child.call("GET", "/props")
             if status != 200:
                 return  # it wants a key of its own
             child.patches = json.loads(body).get("patch_series", "none")
+            if not any(word.startswith("--atlas") for word in child.command):
+                return
+            status, body = await child.call("GET", "/v1/atlas/status")
+            if status == 200:
+                child.atlas = atlas_support.reported(json.loads(body), child.log.tail(TAIL_LINES))
         except (OSError, UpstreamClosed, ValueError, AttributeError):
             return
-        if child.patches != self.patches:
-            log.warning(
-                "model %s: this llama-server carries the patches %r, not %r; `llama-supervisor build` makes ours",
-                child.model,
-                child.patches,
-                self.patches,
-            )
+        finally:
+            if child.patches not in (None, self.patches):
+                log.warning(
+                    "model %s: this llama-server carries the patches %r, not %r; `llama-supervisor build` makes ours",
+                    child.model,
+                    child.patches,
+                    self.patches,
+                )
 
     # Events
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from supervisor import atlas_folder
 from supervisor.config import AtlasSection, Config, ModelOverride, PerformanceSection
 from supervisor.models.catalog import Model
 from supervisor.models.gguf import Header
@@ -64,11 +65,11 @@ def command(
     socket: Path,
     total_memory: Callable[[], int] = lambda: psutil.virtual_memory().total,
     *,
-    memory_folder: Path | None = None,
+    folder: Path | None = None,
 ) -> list[str]:
     """Return the argument vector that starts `model` on `socket`. Later flags win over earlier ones.
 
-    `memory_folder` is where its memory files are; without one it has none.
+    `folder` is where its memory files are; without one it has none.
     """
     override = override_for(config, model)
     performance = config.performance
@@ -91,7 +92,7 @@ def command(
         args += ["--n-gpu-layers", str(performance.gpu_layers)]
     if performance.parallel is not None:
         args += ["--parallel", str(performance.parallel)]
-    args += atlas_flags(atlas_of(config, model), memory_folder)
+    args += atlas_flags(atlas_of(config, model), folder)
     if config.monitoring.child_metrics:
         args.append("--metrics")
     if native.is_cpu_build(binary):
@@ -126,14 +127,25 @@ def atlas_of(config: Config, model: Model) -> AtlasSection:
     return config.atlas if own is None else config.atlas.model_copy(update=own.model_dump(exclude_none=True))
 
 
-def atlas_flags(atlas: AtlasSection, memory_folder: Path | None = None) -> list[str]:
+MEMORY_DIR = "--atlas-memory-dir"
+
+
+def memory_folder(config: Config, model: Model) -> Path:
+    """Return the folder of the memory files of `model`, whether or not it is there."""
+    own = override_for(config, model).args
+    if MEMORY_DIR in own[:-1]:
+        return Path(own[len(own) - own[::-1].index(MEMORY_DIR)])
+    return atlas_folder.folder_of(config.atlas.memory_directory, model.id)
+
+
+def atlas_flags(atlas: AtlasSection, folder: Path | None = None) -> list[str]:
     """Return the child's flags for the long-context memory; none when it is off, so any llama-server starts."""
     if atlas.enabled == "off":
         return []
     args = ["--atlas" if atlas.enabled == "on" else "--atlas-auto"]
     flags = ATLAS_FLAGS
-    if memory_folder is not None:
-        args += ["--atlas-memory-dir", str(memory_folder)]
+    if folder is not None:
+        args += [MEMORY_DIR, str(folder)]
         args += ["--atlas-memory-persist"] if atlas.memory_persist else []
         flags = ATLAS_FLAGS | MEMORY_FLAGS
     for name, flag in flags.items():

@@ -14,28 +14,9 @@ import xxhash
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_files import PARTS, memory_file
 
 from supervisor import atlas_file
-
-PARTS = {"tokens": b"\1\0\0\0" * 5, "counters": b"counters", "keys": bytes(range(256)) * 64}
-
-
-def memory_file(changes: dict[str, Any] | None = None, name: str = "book") -> bytes:
-    """Return a small file of the format, with changes to its header."""
-    compressor = zstandard.ZstdCompressor(write_checksum=True)
-    frames, data = [], b""
-    for purpose, raw in PARTS.items():
-        stored = compressor.compress(raw)
-        frame = {"purpose": purpose, "layers": [], "raw": len(raw), "stored": len(stored), "shuffle": 1}
-        frames.append(frame | {"xxh64": xxhash.xxh64(stored).hexdigest()})
-        data += stored
-    session = {"name": name, "n_tokens": 5, "n_archived": 0, "last": -1, "created": 1, "saved": 2}
-    header = {"format": "llama-atlas", "model": {"description": "tiny", "hash": "00"}, "params": {"cells": 256}}
-    header |= {"session": session, "frames": frames} | (changes or {})
-    text = json.dumps(header).encode() + b"   "
-    head = struct.pack("<8sII", b"ATLASMEM", 1, len(text)) + text
-    return head + xxhash.xxh64(head).intdigest().to_bytes(8, "little") + data
-
 
 GOOD = memory_file()
 

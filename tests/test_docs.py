@@ -8,14 +8,14 @@ from pathlib import Path
 from aiohttp import web
 
 from supervisor import errors
-from supervisor.routes import admin, models, native, streams
+from supervisor.routes import admin, atlas, models, native, streams
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 def routes() -> set[tuple[str, str]]:
     app = web.Application()
-    for family in (native, streams, models, admin):
+    for family in (native, atlas, streams, models, admin):
         family.add(app)
     found = set()
     for route in app.router.routes():

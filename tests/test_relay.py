@@ -242,6 +242,20 @@ async def test_headers_of_one_connection_stay_the_others_go_untouched(serve):
     assert b"Keep-Alive" not in head
 
 
+async def test_what_only_the_supervisor_may_say_stays_here(serve):
+    asked = []
+
+    async def child(reader, writer):
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(OK + b"Content-Length: 0\r\n\r\n")
+        await reader.read()
+
+    front = await serve(child)
+    await front.talk(get("/", "GET", "1.1", CLOSE, "X-Atlas-Owner: eve", "x-atlas-OWNER: mallory", "X-Other: 1"))
+    assert b"X-Other: 1" in asked[0]
+    assert b"owner" not in asked[0].lower()
+
+
 async def test_trailers_are_dropped_and_the_end_stays(serve):
     front = await serve(answering(EVENTS + CHUNK, b"0\r\nX-Trailer: 1\r\n\r\n"))
     answer = await front.talk(get("/", "GET", "1.1", CLOSE))

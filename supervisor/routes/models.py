@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
 
+from supervisor import plan
+from supervisor.atlas_support import Support, expected
 from supervisor.errors import BadRequest, ModelInvalid, ModelNotFound
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Model
@@ -49,6 +52,7 @@ def describe(model: Model, fleet: Fleet) -> dict[str, Any]:
         "quantization": header.quantization if header else None,
         "parameters": header.parameter_count if header else None,
         "multimodal": model.mmproj is not None,
+        "atlas_support": asdict(_atlas_support(model, fleet)),
     }
     if child is not None and entry.state in (State.READY, State.DRAINING):
         info = child.info
@@ -56,6 +60,13 @@ def describe(model: Model, fleet: Fleet) -> dict[str, Any]:
         described["tags"] = info.get("tags", [])
         described |= {key: value for key, value in info.items() if key not in described}
     return described
+
+
+def _atlas_support(model: Model, fleet: Fleet) -> Support:
+    child = fleet.children.get(model.id)
+    if child is not None and child.atlas is not None:
+        return child.atlas
+    return expected(model, plan.atlas_of(fleet.config, model), plan.override_for(fleet.config, model).args)
 
 
 def _status(model: Model, entry: Entry, fleet: Fleet) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from supervisor.errors import BadRequest, SupervisorError
+from supervisor.models.catalog import Model
 from supervisor.relay import relay
 from supervisor.routes.keys import CATALOG, CONVERSATIONS, FLEET
 from supervisor.routes.streams import remember
@@ -50,6 +51,7 @@ POST_ROUTES = [
     "/slots/{id_slot}",
     "/tools",
     "/cors-proxy",
+    "/v1/atlas/config",
     "/v1/atlas/memory/save",
     "/v1/atlas/memory/load",
 ]
@@ -63,14 +65,14 @@ GET_ROUTES = [
     "/tools",
     "/cors-proxy",
     "/v1/atlas/status",
-    "/v1/atlas/memory",
-    "/v1/atlas/memory/info",
+    "/v1/atlas/config",
+    "/v1/atlas/metrics",
 ]
 """GET routes of llama-server; those in `OBSERVING` never start a model."""
 
-DELETE_ROUTES = ["/v1/atlas/memory", "/v1/atlas/memory/reset"]
+DELETE_ROUTES = ["/v1/atlas/memory/reset"]
 
-OBSERVING = frozenset(["/slots", "/metrics", "/v1/atlas/status"])
+OBSERVING = frozenset(["/slots", "/metrics", "/v1/atlas/status", "/v1/atlas/config", "/v1/atlas/metrics"])
 
 _LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 _FALSE = frozenset(["0", "false", "no", "off"])
@@ -125,17 +127,24 @@ def model_of(request: web.Request, body: bytes) -> str | None:
     return name or request.query.get("model")
 
 
+def find_model(request: web.Request, body: bytes) -> Model:
+    """Return the model that a request is for. Raises `BadRequest`, `ModelNotFound` or `ModelInvalid`."""
+    catalog = request.app[CATALOG]
+    name = model_of(request, body)
+    model = catalog.models.get(name or "")
+    if model is None or model.error is not None:
+        model = catalog.resolve(name, request.app[FLEET].running())
+    return model
+
+
 @guarded
 async def pass_through(request: web.Request) -> web.StreamResponse:
     """Relay a request to the child of its model, starting that if need be."""
     app = request.app
     body = await request.read() if request.body_exists else b""
     fleet = app[FLEET]
-    name = model_of(request, body)
-    model = app[CATALOG].models.get(name or "")
-    if model is None or model.error is not None:
-        model = app[CATALOG].resolve(name, fleet.running())
-    start = request.path not in OBSERVING
+    model = find_model(request, body)
+    start = request.path not in OBSERVING or request.method == "POST"
     if request.query_string:
         start = start and request.query.get("autoload", "").lower() not in _FALSE
     if conversation := request.headers.get("X-Conversation-Id"):

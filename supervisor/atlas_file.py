@@ -155,6 +155,11 @@ def find(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.atlas") if path.is_file())
 
 
+def find_below(folder: Path) -> list[Path]:
+    """Return the memory files of a folder and the folders in it, without backups."""
+    return sorted(path for path in folder.rglob("*.atlas") if path.is_file())
+
+
 def backups(path: Path) -> list[Path]:
     """Return the backups of a memory file, newest first."""
     pattern = re.compile(re.escape(path.stem) + r"_(\d{1,15})\.atlas\.bak")

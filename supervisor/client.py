@@ -18,6 +18,8 @@ CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0
 POLL_SECONDS = 1.0
 MAX_LINE = 1 << 20
+RELAYED = "/v1/atlas/"
+"""Where the routes begin that a child answers and that commands use."""
 
 Json = dict[str, Any]
 
@@ -76,6 +78,10 @@ class Client:
     def post(self, path: str, body: Json) -> Json:
         """Send `body` as JSON and return the JSON object of the answer."""
         return self._object("POST", path, body)
+
+    def delete(self, path: str, body: Json | None = None) -> Json:
+        """Delete what is at `path` and return the JSON object of the answer."""
+        return self._object("DELETE", path, body)
 
     def lines(self, path: str, opened: Callable[[], None] = lambda: None) -> Iterator[str]:
         """Yield the lines of a text as they come, for as long as the supervisor sends; `opened`: it will send."""
@@ -151,13 +157,17 @@ class Client:
                     "--url names another address"
                 ) from None
             if response.status >= 400:
-                raise self._refusal(response)
+                raise self._refusal(path, response)
             yield connection, response
 
-    def _refusal(self, response: http.client.HTTPResponse) -> SupervisorError:
-        """Return the error that a refusal means; answers that are not in our form come from something else."""
+    def _refusal(self, path: str, response: http.client.HTTPResponse) -> SupervisorError:
+        """Return the error that a refusal means; answers that are not in our form come from something else.
+
+        A number for a code is the form of llama-server, which answers the supervisor's relayed routes.
+        """
         error = (_json_object(self._read(response)) or {}).get("error")
-        if isinstance(error, dict) and not isinstance(error.get("code"), int):
+        relayed = path.startswith(RELAYED)
+        if isinstance(error, dict) and (relayed or not isinstance(error.get("code"), int)):
             return ApiError(response.status, error)
         if response.status >= 500:
             return ApiError(response.status, {"message": f"{self.url} answered with HTTP status {response.status}"})

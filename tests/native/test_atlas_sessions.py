@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from supervisor import atlas_file
 
@@ -75,14 +79,16 @@ async def test_models_have_sessions_of_their_own(start, smollm2, gemma3, short_t
         assert {path.name for path in (short_tmp / "memory" / model).glob("*.atlas")} == {"alone.atlas", "same.atlas"}
 
 
-async def test_an_answer_that_is_cut_leaves_a_session_that_goes_on(start, smollm2):
+@pytest.mark.parametrize("how", ["the client leaves", "the model is unloaded"])
+async def test_an_answer_that_is_cut_leaves_a_session_that_goes_on(start, smollm2, how):
     running = await start({"a": smollm2}, **sections())
     body = {"prompt": TEXT[:1500], "n_predict": 100_000, "stream": True, "ignore_eos": True, "temperature": 0}
     body["atlas"] = {"memory_file": "cut"}
     async with running.http.post(running.url + "/completion", json=body) as response:
         await response.content.readline()
-        await running.json("POST", "/models/unload", {"model": "a", "force": True})
-        await until_gone(running, "a")
+        if how == "the model is unloaded":
+            await running.json("POST", "/models/unload", {"model": "a", "force": True})
+            await until_gone(running, "a")
     answer = await complete(running, " and", memory_file="cut")
     assert answer["timings"]["cache_n"] > 200
     assert answer["timings"]["prompt_n"] < 32
@@ -120,3 +126,40 @@ async def test_a_folder_that_cannot_be_made_is_told(start, smollm2, short_tmp):
     assert status == 503
     assert "no folder for memory files" in answer["error"]["message"]
     assert "atlas.memory_directory" in answer["error"]["message"]
+
+
+async def atlas(running, *words: str) -> Any:
+    """Run a command of `llama-supervisor atlas` and return what it prints."""
+    command = [sys.executable, "-m", "supervisor", "atlas", *words, "--url", running.url, "--json"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    return json.loads(out)
+
+
+async def test_sessions_are_looked_after_from_the_shell(start, smollm2, gemma3):
+    running = await start({"a": smollm2, "b": gemma3}, **sections())
+    states = [(one["id"], one["state"]) for one in (await atlas(running, "status"))["models"]]
+    assert states == [("a", "unloaded"), ("b", "unloaded")]
+    assert "error" in await atlas(running, "save", "book")  # nothing runs
+
+    await complete(running, TEXT[:600], memory_file="book", save_memory=False)
+    (model,) = (await atlas(running, "status", "--model", "a"))["models"]
+    assert [(slot["memory_file"], slot["saved"]) for slot in model["status"]["slots"]] == [("book", False)]
+    assert await atlas(running, "list") == []
+    saved = await atlas(running, "save", "book")
+    assert [(row["model_id"], row["name"]) for row in await atlas(running, "list")] == [("a", "book")]
+    assert (await atlas(running, "reset", "--hard"))["reset_type"] == "hard"
+    assert (await atlas(running, "load", "book"))["n_tokens"] == saved["n_tokens"]
+    await atlas(running, "save", "copy", "--slot", "0")
+
+    await swap(running)
+    listed = await atlas(running, "list")
+    assert [(row["model_id"], row["name"], row["compatible"]) for row in listed] == [
+        ("a", "book", None),
+        ("a", "copy", None),
+    ]
+    assert await atlas(running, "rm", "book", "--model", "a") == [{"name": "book", "deleted": 1}]
+    gone = await atlas(running, "prune", "--keep-count", "0")
+    assert [(one["in"], one["name"]) for one in gone["sessions"]] == [("a", "copy")]
+    assert await running.state("a") == "absent"
+    assert await atlas(running, "list") == []

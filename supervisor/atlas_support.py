@@ -96,5 +96,5 @@ def reported(status: Mapping[str, Any], log: Iterable[str]) -> Support:
     if not status.get("enabled"):
         told = [match[1] for line in log if (match := _FELL_BACK.search(line))]
         return Support(False, told[-1] if told else "its llama-server runs without a memory")
-    memory = next((slot.get("memory") or {} for slot in status.get("slots") or []), {})
-    return Support(True, None, MAX_TOKENS, memory.get("n_window"), memory.get("n_cells"))
+    settings = status.get("config") or {}
+    return Support(True, None, MAX_TOKENS, settings.get("window_size"), settings.get("memory_cells"))

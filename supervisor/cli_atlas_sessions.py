@@ -96,16 +96,15 @@ def _asked(supervisor: Client, model: Json) -> Json:
 
 
 def _row(model: str, slot: Json) -> list[str]:
-    memory = slot.get("memory") or {}
     session = slot.get("memory_file")
     state = "busy" if slot.get("is_processing") else ("saved" if slot.get("saved") else "not saved") if session else "-"
     return [
         model,
         str(slot.get("slot", "-")),
         str(session or "-"),
-        str(memory.get("n_tokens", "-")),
-        str(memory.get("n_archived", "-")),
-        size(memory.get("bytes")),
+        str(slot.get("tokens_seen", "-")),
+        str(slot.get("tokens_archived", "-")),
+        size(slot.get("memory_bytes")),
         state,
     ]
 

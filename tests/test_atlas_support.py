@@ -73,8 +73,8 @@ def test_keys_of_the_header_speak_against_it(tmp_path: Path, llama: Model) -> No
 
 
 def test_a_child_reports_its_memory_or_why_it_has_none() -> None:
-    slots = [{"slot": 0, "memory": {"n_cells": 256, "n_window": 252}}]
-    assert reported({"enabled": True, "slots": slots}, []) == Support(True, None, MAX_TOKENS, 252, 256)
+    settings = {"memory_cells": 256, "window_size": 252}
+    assert reported({"enabled": True, "slots": [], "config": settings}, []) == Support(True, None, MAX_TOKENS, 252, 256)
     log = ["1 ATLAS: an older reason: serving without it", "0.1 I ATLAS: M-RoPE: x: serving without it", "ready"]
     assert reported({"enabled": False}, log) == Support(False, "M-RoPE: x")
     assert reported({"enabled": False}, []).reason == "its llama-server runs without a memory"

@@ -49,12 +49,12 @@ def with_files(fake: Fake) -> None:
 
 
 def test_status(fake: Fake) -> None:
-    memory = {"n_tokens": 1234, "n_archived": 800, "bytes": 12 << 20}
+    memory = {"tokens_seen": 1234, "tokens_archived": 800, "memory_bytes": 12 << 20}
     slots = [
-        {"slot": 0, "is_processing": False, "memory_file": "book", "saved": True, "memory": memory},
-        {"slot": 1, "is_processing": True, "memory_file": "tale", "saved": False, "memory": memory},
-        {"slot": 2, "is_processing": False, "memory_file": "new", "saved": False, "memory": memory},
-        {"slot": 3, "is_processing": False, "memory_file": None, "saved": False, "memory": {}},
+        {"slot": 0, "is_processing": False, "memory_file": "book", "saved": True, **memory},
+        {"slot": 1, "is_processing": True, "memory_file": "tale", "saved": False, **memory},
+        {"slot": 2, "is_processing": False, "memory_file": "new", "saved": False, **memory},
+        {"slot": 3, "is_processing": False, "memory_file": None, "saved": False},
     ]
     fake.routes["GET /v1/atlas/status?model=tiny"] = reply({"enabled": True, "slots": slots})
     result = run("atlas", "status", "--url", fake.url)

@@ -226,6 +226,7 @@ async def test_a_session_above_the_limit_is_not_saved(start, smollm2, folder):
 
 async def test_many_sessions_at_once_over_two_slots(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder, slots=2))
+
     async def talk(i: int):
         prompt = f"The number of the house is {i * 37}. " * 3
         first_status, first = await complete(running, prompt, memory_file=f"s-{i}")

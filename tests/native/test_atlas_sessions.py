@@ -62,7 +62,7 @@ async def test_a_session_goes_on_after_swaps_and_a_restart_as_without(start, smo
         told.append(await complete(running, turn, memory_file="moved", save_memory=False))
     assert [answer["tokens"] for answer in told] == expected
     assert [answer["timings"]["prompt_n"] < 32 for answer in told] == [False, True, True, True]
-    assert told[-1]["atlas"]["n_archived"] > 512
+    assert told[-1]["atlas"]["tokens_archived"] > 512
 
 
 async def test_models_have_sessions_of_their_own(start, smollm2, gemma3, short_tmp):

@@ -9,6 +9,10 @@
 #include <filesystem>
 #include <type_traits>
 
+#ifdef __linux__
+#include <sys/resource.h>
+#endif
+
 // set by SIGUSR1: save what has changed
 static volatile sig_atomic_t save_wanted = 0;
 
@@ -167,6 +171,9 @@ void server_atlas::stop() {
 }
 
 void server_atlas::loop() {
+#ifdef __linux__
+    setpriority(PRIO_PROCESS, 0, 5); // this thread and those that compress for it: decoding goes first
+#endif
     std::unique_lock<std::mutex> lock(mutex);
     while (running || !jobs.empty()) {
         if (!jobs.empty()) {

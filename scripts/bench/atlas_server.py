@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import zstandard
 from common import REPOSITORY, BenchError, Json, end, wait_for
 
 sys.path.append(str(REPOSITORY))
@@ -33,8 +35,12 @@ class Gone(BenchError):
 def workplace() -> Iterator[Path]:
     """Make a folder whose path is short enough for sockets, with an empty folder `memory`; it is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="lsm") as made:
-        (Path(made) / "memory").mkdir()
-        yield Path(made)
+        memory = Path(made) / "memory"
+        memory.mkdir()
+        try:
+            yield Path(made)
+        finally:
+            memory.chmod(0o755)  # so that it can be removed, whatever was tried
 
 
 def tiny_model(folder: Path) -> Path:
@@ -45,6 +51,29 @@ def tiny_model(folder: Path) -> Path:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return Path(module.make(folder / "tiny.gguf", "llama"))
+
+
+def saved_tokens(path: Path) -> tuple[list[int], int]:
+    """Return the tokens of a memory file, and the one that was sampled after them (-1: none), after verifying it.
+
+    Raises `supervisor.atlas_file.CorruptMemory`.
+    """
+    from supervisor import atlas_file
+
+    memory = atlas_file.read(path)
+    memory.verify()
+    raw, at = bytearray(), memory.data
+    with path.open("rb") as file:
+        for frame in memory.header.frames:
+            if frame.purpose == "tokens":
+                file.seek(at)
+                shuffled = zstandard.decompress(file.read(frame.stored))
+                part, n = bytearray(frame.raw), frame.raw // 4
+                for place in range(4):
+                    part[place::4] = shuffled[place * n : (place + 1) * n]
+                raw += part
+            at += frame.stored
+    return list(struct.unpack(f"<{len(raw) // 4}i", raw)), memory.header.session.last
 
 
 class MemoryServer:

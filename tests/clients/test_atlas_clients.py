@@ -49,14 +49,15 @@ async def test_openai_python(running):
 
 
 async def test_langchain(running):
-    options = {"base_url": running.url + "/v1", "api_key": "none", "max_retries": 0, **GREEDY}
-    await OpenAI(max_tokens=1, extra_body=body("chain"), **options).ainvoke(TEXT)
-    chat = ChatOpenAI(max_tokens=8, extra_body=body("chain"), **options)
-    answer = await chat.ainvoke([HumanMessage(QUESTION)])
-    assert answer.content
-    assert answer.usage_metadata["input_tokens"] > 512
-    pieces = [piece async for piece in chat.astream([HumanMessage("And what else?")])]
-    assert "".join(str(piece.content) for piece in pieces)
+    async with openai.DefaultAsyncHttpxClient() as http:
+        options = {"base_url": running.url + "/v1", "api_key": "none", "max_retries": 0, "http_async_client": http}
+        await OpenAI(max_tokens=1, extra_body=body("chain"), **options, **GREEDY).ainvoke(TEXT)
+        chat = ChatOpenAI(max_tokens=8, extra_body=body("chain"), **options, **GREEDY)
+        answer = await chat.ainvoke([HumanMessage(QUESTION)])
+        assert answer.content
+        assert answer.usage_metadata["input_tokens"] > 512
+        pieces = [piece async for piece in chat.astream([HumanMessage("And what else?")])]
+        assert "".join(str(piece.content) for piece in pieces)
     _, listed = await running.json("GET", "/v1/atlas/memory")
     assert [one["name"] for one in listed["files"]] == ["chain"]
 

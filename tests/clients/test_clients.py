@@ -57,14 +57,14 @@ async def test_openai_python(running):
 
 
 async def test_langchain(running):
-    model = ChatOpenAI(
-        base_url=running.url + "/v1", api_key="none", model="small", max_tokens=8, max_retries=0, **GREEDY
-    )
-    answer = await model.ainvoke([HumanMessage("Say hello.")])
-    assert answer.content
-    assert answer.usage_metadata["output_tokens"] <= 8
-    pieces = [piece.content async for piece in model.astream([HumanMessage("Count to ten.")])]
-    assert len([piece for piece in pieces if piece]) > 1
+    async with openai.DefaultAsyncHttpxClient() as http:
+        options = {"base_url": running.url + "/v1", "api_key": "none", "max_retries": 0, "http_async_client": http}
+        model = ChatOpenAI(model="small", max_tokens=8, **options, **GREEDY)
+        answer = await model.ainvoke([HumanMessage("Say hello.")])
+        assert answer.content
+        assert answer.usage_metadata["output_tokens"] <= 8
+        pieces = [piece.content async for piece in model.astream([HumanMessage("Count to ten.")])]
+        assert len([piece for piece in pieces if piece]) > 1
 
 
 async def run(*command: str, cwd: Path, **env: str) -> str:

@@ -11,7 +11,7 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI
 from test_clients import HERE, node, run
 
-TEXT = (HERE.parent / "data" / "text.txt").read_text()[:3000]
+TEXT = (HERE.parent / "data" / "text.txt").read_text()[:2200]
 QUESTION = "In short, what does the above say?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 GREEDY = {"model": "small", "temperature": 0}
@@ -24,7 +24,7 @@ def body(name: str) -> dict[str, object]:
 
 @pytest.fixture
 async def running(start, smollm2):
-    performance = {"context_size": 512, "parallel": 1, "threads": 2}
+    performance = {"context_size": 512, "parallel": 1, "threads": 1}
     return await start({"small": smollm2}, atlas={"enabled": "auto"}, performance=performance)
 
 
@@ -51,8 +51,8 @@ async def test_openai_python(running):
 async def test_langchain(running):
     async with openai.DefaultAsyncHttpxClient() as http:
         options = {"base_url": running.url + "/v1", "api_key": "none", "max_retries": 0, "http_async_client": http}
-        await OpenAI(max_tokens=1, extra_body=body("chain"), **options, **GREEDY).ainvoke(TEXT)
-        chat = ChatOpenAI(max_tokens=8, extra_body=body("chain"), **options, **GREEDY)
+        await OpenAI(max_tokens=1, extra_body=body("chain"), **GREEDY, **options).ainvoke(TEXT)
+        chat = ChatOpenAI(max_tokens=8, extra_body=body("chain"), **GREEDY, **options)
         answer = await chat.ainvoke([HumanMessage(QUESTION)])
         assert answer.content
         assert answer.usage_metadata["input_tokens"] > 512

@@ -57,6 +57,18 @@ class AtlasValues(Section):
         None, ge=0, le=1000, description="Previous versions of a memory file that are kept; null: 3."
     )
     memory_compress_level: int | None = Field(None, ge=-7, le=19, description="zstd level of memory files; null: 1.")
+    memory_max_sessions: int | None = Field(
+        None,
+        ge=0,
+        le=1 << 20,
+        description="Most memory files of a model; those used the longest time ago go; 0: any number.",
+    )
+    memory_max_mb: int | None = Field(
+        None, ge=0, le=1 << 24, description="Most MiB of a model's memory files, backups included; 0: any size."
+    )
+    memory_max_age_hours: int | None = Field(
+        None, ge=0, le=24 * 36500, description="Delete memory files that were not used for so long; 0: never."
+    )
     auto_save_seconds: int | None = Field(
         None,
         ge=0,

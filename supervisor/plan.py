@@ -116,6 +116,9 @@ ATLAS_FLAGS = {
 MEMORY_FLAGS = {
     "memory_backup_count": "--atlas-memory-backup-count",
     "memory_compress_level": "--atlas-memory-compress",
+    "memory_max_sessions": "--atlas-memory-max-sessions",
+    "memory_max_mb": "--atlas-memory-max-mb",
+    "memory_max_age_hours": "--atlas-memory-max-age",
     "auto_save_seconds": "--atlas-auto-save-interval",
 }
 """The child's flag for each setting of its memory files."""

@@ -67,6 +67,14 @@ def test_memory_files_have_their_flags_where_there_is_a_folder() -> None:
     assert flags({"enabled": "on"}, own, MEMORY)[3:] == ["--atlas-memory-persist", "--atlas-memory-backup-count", "0"]
 
 
+def test_limits_of_memory_files_have_their_flags() -> None:
+    limits = {"memory_max_sessions": 100, "memory_max_mb": 2048, "memory_max_age_hours": 0}
+    assert (
+        flags({"enabled": "on"} | limits, folder=MEMORY)[3:]
+        == "--atlas-memory-max-sessions 100 --atlas-memory-max-mb 2048 --atlas-memory-max-age 0".split()
+    )
+
+
 def test_a_child_with_a_memory_has_the_time_to_save_it() -> None:
     assert stop_seconds(config({}), MODEL) == 5
     assert stop_seconds(config({"enabled": "auto", "save_seconds": 7}), MODEL) == 12
@@ -83,6 +91,9 @@ def test_a_child_with_a_memory_has_the_time_to_save_it() -> None:
         ("memory_compress_level", 20),
         ("memory_compress_level", -8),
         ("auto_save_seconds", -1),
+        ("memory_max_sessions", -1),
+        ("memory_max_mb", 1 << 25),
+        ("memory_max_age_hours", 0.5),
         ("cells", -16),
         ("cells", 17),
         ("window", 63),

@@ -119,6 +119,13 @@ async def test_the_memory_of_requests_without_a_session_persists(start, smollm2,
     assert [path.name for path in (short_tmp / "memory").rglob("*.atlas")] == ["a_memory.atlas"]
 
 
+async def test_sessions_beyond_the_limit_are_deleted_the_oldest_first(start, smollm2, short_tmp):
+    running = await start({"a": smollm2}, **sections(memory_max_sessions=2))
+    for name in ("one", "two", "three"):
+        await complete(running, "Hello", 1, memory_file=name)
+    assert {path.stem for path in (short_tmp / "memory" / "a").glob("*.atlas")} == {"two", "three"}
+
+
 async def test_a_folder_that_cannot_be_made_is_told(start, smollm2, short_tmp):
     (short_tmp / "memory").write_text("no folder")
     running = await start({"a": smollm2}, **sections())

@@ -17,6 +17,7 @@ import click
 
 from supervisor import __version__
 from supervisor.cli_atlas import atlas
+from supervisor.cli_key import key
 from supervisor.cli_models import load, logs, models, status, unload
 from supervisor.cli_options import config_option, example, json_option
 from supervisor.console import console, duration, print_json, safe, say, table
@@ -136,7 +137,7 @@ def cli() -> None:
     """
 
 
-for command in (status, models, load, unload, logs, atlas):
+for command in (status, models, load, unload, logs, key, atlas):
     cli.add_command(command)
 
 

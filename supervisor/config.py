@@ -185,6 +185,13 @@ class ApiSection(Section):
     max_body_mb: float = Field(
         256, gt=0, le=65536, allow_inf_nan=False, description="Largest request body in MiB; more is a 413."
     )
+    keys_file: Path | None = Field(
+        None, description="File of the API keys; default: `keys.json` in the user's configuration folder."
+    )
+    require_keys: bool | None = Field(
+        None, description="Whether requests need a key; null: if `keys_file` is set or the default file is there."
+    )
+    open_models: bool = Field(True, description="Whether the list of models needs no key.")
 
 
 class MonitoringSection(Section):

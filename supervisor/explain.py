@@ -42,9 +42,12 @@ _NOUNS = {
 
 
 def looks_secret(keys: Keys) -> bool:
-    """Tell whether the keys name something secret, such as `api_key` or `env.HF_TOKEN`; model ids do not count."""
+    """Tell whether the keys name something secret, such as `api_key` or `env.HF_TOKEN`.
+
+    Model ids do not count, nor do names of files, which only hold secrets.
+    """
     names = keys[:2] + keys[3:] if keys[:2] == ("models", "overrides") else keys
-    return any(_has_secret_word(name) for name in names if isinstance(name, str))
+    return any(_has_secret_word(name) and not name.endswith("_file") for name in names if isinstance(name, str))
 
 
 def _has_secret_word(text: str) -> bool:

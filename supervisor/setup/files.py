@@ -26,18 +26,35 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a small file so that a reader sees the old or the new content, also after a power cut."""
+def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a small file so that a reader sees the old or the new content, also after a power cut.
+
+    `mode` is that of the file, less the umask. Where we may, it belongs to whom the old one belonged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
     try:
-        with part.open("wb") as file:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
+            with suppress(FileNotFoundError, PermissionError):
+                old = path.stat()
+                os.fchown(file.fileno(), old.st_uid, old.st_gid)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def link_atomic(link: Path, target: str) -> None:

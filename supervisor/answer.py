@@ -68,7 +68,7 @@ class Answer(web.StreamResponse):
             lines.append("Connection: keep-alive")
         lines.append("\r\n")
         content_type = header(connection.headers, "content-type") or ""
-        self._is_events = content_type.startswith("text/event-stream")
+        self.is_events = content_type.startswith("text/event-stream")
         self._head = "\r\n".join(lines).encode("utf-8", "surrogateescape")
 
     def send(self, data: bytes, last: bool) -> bool:
@@ -92,7 +92,7 @@ class Answer(web.StreamResponse):
 
     def break_off(self, error_event: bytes) -> None:
         """End an answer that goes no further: an event stream with an event, anything else by a cut."""
-        if self._is_events and self._open_ended:
+        if self.is_events and self._open_ended:
             self.send(error_event, last=True)
         elif self._transport is not None:
             self._transport.abort()
@@ -119,9 +119,8 @@ def header(headers: Headers, name: str) -> str | None:
     return None
 
 
-def forwardable(headers: Iterable[tuple[str, str]], drop: Iterable[str] = ()) -> Headers:
-    """Return the end-to-end headers: without hop-by-hop ones and those that `Connection` names."""
-    dropped = HOP_BY_HOP.union(drop) if drop else HOP_BY_HOP
+def forwardable(headers: Iterable[tuple[str, str]], dropped: frozenset[str] = HOP_BY_HOP) -> Headers:
+    """Return the end-to-end headers: without `dropped`, which holds hop-by-hop ones, and those `Connection` names."""
     kept = []
     named: set[str] = set()
     for pair in headers:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import ipaddress
 import logging
 import os
 import signal
@@ -14,18 +15,20 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import platformdirs
 from aiohttp import web
 
+from supervisor.access import Access
 from supervisor.config import Config
 from supervisor.errors import MethodNotAllowed, ModelNotFound, NotFound, SupervisorError
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
-from supervisor.routes import admin, atlas, models, streams
+from supervisor.routes import admin, atlas, gate, models, streams
 from supervisor.routes import native as native_routes
-from supervisor.routes.keys import CATALOG, CONVERSATIONS, FLEET, SETTINGS, URLS
+from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, SETTINGS, URLS
 from supervisor.runtime import Runtime, RuntimeFolderError
 from supervisor.settings import Settings
 from supervisor.setup import native
@@ -61,10 +64,11 @@ async def unrouted(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def make_app(settings: Settings, catalog: Catalog, fleet: Fleet) -> web.Application:
-    """Return the front: all routes over `catalog` and `fleet`."""
+def make_app(settings: Settings, catalog: Catalog, fleet: Fleet, access: Access) -> web.Application:
+    """Return the front: all routes over `catalog` and `fleet`, for those whom `access` lets in."""
     limit = int(settings.config.api.max_body_mb * 1024 * 1024)
-    app = web.Application(client_max_size=limit)
+    app = web.Application(client_max_size=limit, middlewares=[gate.middleware(access)])
+    app[ACCESS] = access
     app[CATALOG], app[FLEET], app[SETTINGS] = catalog, fleet, settings
     app[CONVERSATIONS] = OrderedDict()
     native_routes.add(app)
@@ -95,6 +99,7 @@ class Supervisor:
         self.config: Config = settings.config
         self.urls: list[str] = []
         self.runtime = Runtime(self.config.server.runtime_dir)
+        self.access = Access(self.config.api)
         self.catalog = Catalog(self.config.models, self._on_change)
         self.fleet = Fleet(
             self.config,
@@ -108,9 +113,13 @@ class Supervisor:
         self._sites: list[web.TCPSite] = []
 
     async def startup(self) -> None:
-        """Listen first, so that a port in use is found at once; then look for models and preload."""
+        """Listen first, so that a port in use is found at once; then look for models and preload.
+
+        Raises `KeysFileError`, `RuntimeFolderError` and `OSError` when it cannot.
+        """
+        self.access.start()
         self.runtime.open()
-        app = make_app(self.settings, self.catalog, self.fleet)
+        app = make_app(self.settings, self.catalog, self.fleet, self.access)
         app[URLS] = self.urls
         self._runner = web.AppRunner(
             app,
@@ -130,6 +139,7 @@ class Supervisor:
             site = web.TCPSite(self._runner, host.strip(), self.config.server.port, backlog=1024)
             await site.start()
             self._sites.append(site)
+        self.access.follow()
         self.fleet.binary_version = await asyncio.to_thread(self._binary_version)
         self.urls += [url_of(address) for address in self._runner.addresses]
         for name in self.config.models.preload:
@@ -147,6 +157,7 @@ class Supervisor:
         if self._runner is not None:
             await self._runner.cleanup()
         await self.catalog.stop()
+        await self.access.stop()
         self.runtime.close()
 
     def _binary_version(self) -> native.ServerVersion | None:
@@ -168,6 +179,11 @@ def url_of(address: tuple[Any, ...]) -> str:
     """Return the URL of a socket's address, as `getsockname` gives it."""
     host, port = address[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(url: str) -> bool:
+    """Tell whether only this machine reaches `url`."""
+    return ipaddress.ip_address(urlsplit(url).hostname or "").is_loopback
 
 
 def log_folder(config: Config) -> Path | None:
@@ -242,6 +258,8 @@ def announce(one: Supervisor) -> None:
     """Tell a person where to go."""
     for url in one.urls:
         log.info("listening on %s", url)
+    if warning := one.access.warning(all(map(is_loopback, one.urls))):
+        log.warning("%s", warning)
     try:
         model = one.catalog.resolve(None).id
     except ModelNotFound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 URL_VARIABLE = "LLAMA_SUPERVISOR_URL"
+KEY_VARIABLE = "LLAMA_SUPERVISOR_API_KEY"
+"""Environment variable that holds the key for a running supervisor; not an option, which other users could see."""
+
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1", "*": "127.0.0.1"}  # noqa: S104 (not bound here)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, errors too.")
@@ -48,7 +52,7 @@ def client(url: str | None, config: Path | None) -> Client:
     """Return the client of the supervisor at `url`, or at the address in the configuration."""
     from supervisor.client import Client  # noqa: PLC0415 (only commands that ask need it)
 
-    return Client(url or _configured_url(config))
+    return Client(url or _configured_url(config), os.environ.get(KEY_VARIABLE))
 
 
 def _configured_url(config: Path | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http
 import http.client
 import json
 import queue
@@ -52,12 +53,13 @@ class LoadFailed(SupervisorError):
 
 
 class Client:
-    """The HTTP API of one supervisor; each call has a connection of its own.
+    """The HTTP API of one supervisor; each call has a connection of its own, and carries the API key if there is one.
 
     Raises NoSupervisor when nothing answers as a supervisor does, and ApiError for its refusals.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self._key = key.strip() if key else None
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             self._host, self._port = parts.hostname or "", parts.port
@@ -141,6 +143,8 @@ class Client:
         connection = kind(self._host, self._port, timeout=CONNECT_SECONDS)
         headers = {"User-Agent": f"llama-supervisor/{__version__}", "Accept": "*/*"}
         content = None
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body).encode()
@@ -168,6 +172,8 @@ class Client:
         error = (_json_object(self._read(response)) or {}).get("error")
         relayed = path.startswith(RELAYED)
         if isinstance(error, dict) and (relayed or not isinstance(error.get("code"), int)):
+            if response.status == http.HTTPStatus.UNAUTHORIZED:
+                error["message"] = f"{error.get('message')} (LLAMA_SUPERVISOR_API_KEY holds the key of these commands)"
             return ApiError(response.status, error)
         if response.status >= 500:
             return ApiError(response.status, {"message": f"{self.url} answered with HTTP status {response.status}"})

@@ -80,6 +80,38 @@ class ModelNotFound(SupervisorError):
         return body
 
 
+class InvalidApiKey(SupervisorError):
+    """The request needs an API key, and has none that is valid (401)."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class MissingScope(SupervisorError):
+    """The API key may not do this (403)."""
+
+    status = 403
+    type = "permission_error"
+    code = "missing_scope"
+
+
+class ModelNotAllowed(SupervisorError):
+    """The API key may not use this model (403)."""
+
+    status = 403
+    type = "permission_error"
+    code = "model_not_allowed"
+
+
+class RateLimited(SupervisorError):
+    """The API key has used up its requests or tokens for now (429)."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class ModelInvalid(SupervisorError):
     """The model's file is there but cannot be served (422)."""
 

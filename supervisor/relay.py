@@ -1,19 +1,39 @@
-"""How do bytes get from client to child and back? Nothing is changed on the way, only hop-by-hop headers stay."""
+"""How do bytes get from client to child and back? Nothing is changed on the way.
+
+Hop-by-hop headers stay, and API keys; of the key a child learns whose ATLAS sessions the request may reach.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import math
+from http import HTTPStatus
 
 from aiohttp import web
 
-from supervisor.answer import Answer, forwardable
+from supervisor.access import CREDENTIALS, OWNER_HEADER, Caller, caller_of
+from supervisor.answer import HOP_BY_HOP, Answer, Headers, forwardable
 from supervisor.errors import ChildFailed, SupervisorError
 from supervisor.fleet import Lease
 from supervisor.upstream import Connection, UpstreamClosed
+from supervisor.usage import BYTES_PER_TOKEN, Meter
 
 log = logging.getLogger(__name__)
+
+_NOT_FOR_CHILDREN = HOP_BY_HOP | {OWNER_HEADER.lower()}
+_NOT_WITH_KEYS = _NOT_FOR_CHILDREN | CREDENTIALS
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 DEATH_NOTICE = 0.5
 """Seconds to wait for the exit code of a child that cut its connection."""
@@ -27,11 +47,17 @@ async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamRe
     then stops generating.
     """
     connection: Connection | None = None
+    caller = caller_of(request)
+    account = _Account(caller, request.path, len(body)) if caller is not None and caller.counts_tokens else None
     ok = False
     try:
-        connection = await _ask(request, body, lease)
+        connection = await _ask(request, body, lease, _headers(request, caller))
         ok = True
-        return await _answer(request, connection)
+        return await _answer(request, connection, account)
+    except asyncio.CancelledError:
+        if account is not None:
+            account.left()
+        raise
     except _Broken as broken:
         ok = False
         error = ChildFailed(await _last_words(lease, broken.reason))
@@ -44,6 +70,36 @@ async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamRe
         if connection is not None:
             lease.child.pool.release(connection)
         lease.release(ok=ok)
+        if account is not None:
+            account.settle()
+
+
+class _Account:
+    """Charges a key for the tokens of one request."""
+
+    def __init__(self, caller: Caller, path: str, request_bytes: int) -> None:
+        self._meter: Meter | None = None
+        self._begun = False
+        self._caller = caller
+        self._path = path
+        self._request_bytes = request_bytes
+
+    def meter_of(self, answer: Answer) -> Meter | None:
+        """Return what counts the tokens of `answer`; None for an error, which costs nothing."""
+        self._begun = True
+        if answer.status == HTTPStatus.OK:
+            self._meter = Meter(answer.send, is_stream=answer.is_events)
+        return self._meter
+
+    def left(self) -> None:
+        """The client went away: a request whose answer had not begun has its cost too."""
+        if not self._begun:
+            self._caller.charge(self._request_bytes // BYTES_PER_TOKEN)
+
+    def settle(self) -> None:
+        """Charge what was counted so far."""
+        if self._meter is not None:
+            self._caller.charge(self._meter.tokens(self._path, self._request_bytes))
 
 
 class _Broken(Exception):
@@ -54,9 +110,20 @@ class _Broken(Exception):
         self.answer = answer
 
 
-async def _ask(request: web.Request, body: bytes, lease: Lease) -> Connection:
+def _headers(request: web.Request, caller: Caller | None) -> Headers:
+    """Return what the child gets to see of the request's headers."""
+    dropped = _NOT_FOR_CHILDREN if caller is None and request.method != "OPTIONS" else _NOT_WITH_KEYS
+    if _inflated(request):
+        dropped |= {"content-encoding"}
+    if caller is None:
+        return forwardable(request.headers.items(), dropped)
+    if caller.counts_tokens:
+        dropped |= {"accept-encoding"}
+    return [*forwardable(request.headers.items(), dropped), (OWNER_HEADER, caller.owner)]
+
+
+async def _ask(request: web.Request, body: bytes, lease: Lease, headers: Headers) -> Connection:
     """Send the request and wait for the head of the answer. Raises `_Broken`."""
-    headers = forwardable(request.headers.items(), {"content-encoding"} if _inflated(request) else ())
     while True:
         try:
             connection = await lease.child.pool.acquire()
@@ -76,11 +143,13 @@ async def _ask(request: web.Request, body: bytes, lease: Lease) -> Connection:
             raise
 
 
-async def _answer(request: web.Request, connection: Connection) -> Answer:
+async def _answer(request: web.Request, connection: Connection, account: _Account | None) -> Answer:
     """Send the child's answer to the client as it comes. Raises `_Broken`."""
     answer = Answer(request, connection)
+    meter = account.meter_of(answer) if account is not None else None
+    send = answer.send if meter is None else meter.send
     try:
-        while not await connection.pour(answer.send):
+        while not await connection.pour(send):
             await answer.drain()
         await answer.drain()
     except UpstreamClosed as error:
@@ -97,8 +166,7 @@ def error_body(path: str, error: SupervisorError) -> dict[str, object]:
     """Return the error in the dialect of `path`."""
     if not is_anthropic(path):
         return error.body()
-    kinds = {400: "invalid_request_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
-    kind = kinds.get(error.status, "overloaded_error" if error.status == 503 else "api_error")
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
@@ -112,7 +180,9 @@ def error_response(path: str, error: SupervisorError) -> web.Response:
     """Return the HTTP answer for `error`."""
     headers = {}
     if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
     return web.json_response(error_body(path, error), status=error.status, headers=headers)
 
 

@@ -8,6 +8,7 @@ import time
 from aiohttp import web
 
 from supervisor import __version__
+from supervisor.access import permit
 from supervisor.errors import BadRequest, ModelNotFound
 from supervisor.routes.keys import CATALOG, FLEET, SETTINGS, URLS
 from supervisor.routes.wrap import guarded
@@ -72,6 +73,8 @@ async def logs(request: web.Request) -> web.StreamResponse:
     model_id = model.id if model else name
     if model is None and model_id not in fleet.logs:
         raise ModelNotFound(name, catalog.near(name), len(catalog.models))
+    if model is not None:
+        permit(request, model)
     wanted = request.query.get("lines", str(DEFAULT_LOG_LINES))
     if not wanted.isdecimal() or len(wanted) > 9:
         raise BadRequest("'lines' must be a number from 0 to 999999999", param="lines")

@@ -11,6 +11,7 @@ from pathlib import Path
 from aiohttp import web
 
 from supervisor import atlas_folder, plan
+from supervisor.access import caller_of
 from supervisor.models.catalog import Model
 from supervisor.relay import relay
 from supervisor.routes.keys import FLEET
@@ -74,7 +75,9 @@ def _answers(request: web.Request, model: Model) -> bool:
 
 
 def _folder(request: web.Request, model: Model) -> Path:
-    return plan.memory_folder(request.app[FLEET].config, model)
+    """Return where the memory files of a model are, with keys those of the key's owner."""
+    folder, caller = plan.memory_folder(request.app[FLEET].config, model), caller_of(request)
+    return folder if caller is None else folder / caller.owner
 
 
 def add(app: web.Application) -> None:

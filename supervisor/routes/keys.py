@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 from aiohttp import web
 
+from supervisor.access import Access
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Catalog
 from supervisor.settings import Settings
 
+
+class Conversation(NamedTuple):
+    """Which model answers a conversation, and whose it is; None where no keys are required."""
+
+    model: str
+    owner: str | None
+
+
+ACCESS = web.AppKey("access", Access)
 CATALOG = web.AppKey("catalog", Catalog)
 FLEET = web.AppKey("fleet", Fleet)
 SETTINGS = web.AppKey("settings", Settings)
-CONVERSATIONS: web.AppKey[OrderedDict[str, str]] = web.AppKey("conversations", OrderedDict)
+CONVERSATIONS: web.AppKey[OrderedDict[str, Conversation]] = web.AppKey("conversations", OrderedDict)
 URLS: web.AppKey[list[str]] = web.AppKey("urls", list)

@@ -10,11 +10,13 @@ from typing import Any
 from aiohttp import web
 
 from supervisor import plan
+from supervisor.access import caller_of, permit
 from supervisor.atlas_support import Support, expected
 from supervisor.errors import BadRequest, ModelInvalid, ModelNotFound
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Model
 from supervisor.models.folder_scan import show
+from supervisor.routes.gate import demand, may
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.wrap import guarded, json_object
 from supervisor.scheduler import Entry, State
@@ -83,13 +85,24 @@ def _status(model: Model, entry: Entry, fleet: Fleet) -> dict[str, Any]:
     return status
 
 
+def _shown(request: web.Request, model: Model) -> dict[str, Any]:
+    """Return a model as `/v1/models` lists it for whom asks: how it is run is for those who manage."""
+    described = describe(model, request.app[FLEET])
+    if not may(request, "manage"):
+        del described["path"]
+        described["status"].pop("args", None)
+    return described
+
+
 @guarded
 async def list_models(request: web.Request) -> web.StreamResponse:
-    """GET /v1/models and /models: all models; `?reload=1` looks into the folder first."""
-    catalog, fleet = request.app[CATALOG], request.app[FLEET]
+    """GET /v1/models and /models: all models that the key may use; `?reload=1` looks into the folder first."""
+    catalog, caller = request.app[CATALOG], caller_of(request)
     if request.query.get("reload"):
+        demand(request, "manage")
         await catalog.rescan()
-    data = [describe(model, fleet) for model in catalog.models.values()]
+    models = catalog.models.values()
+    data = [_shown(request, model) for model in models if caller is None or caller.may_use(model)]
     return web.json_response({"object": "list", "data": data})
 
 
@@ -101,7 +114,8 @@ async def get_model(request: web.Request) -> web.StreamResponse:
     model = catalog.get(name)
     if model is None:
         model = catalog.resolve(name, request.app[FLEET].running())
-    return web.json_response(describe(model, request.app[FLEET]))
+    permit(request, model)
+    return web.json_response(_shown(request, model))
 
 
 @guarded
@@ -134,6 +148,7 @@ async def _named(request: web.Request) -> Model:
     model = catalog.get(name)
     if model is None:
         raise ModelNotFound(name, catalog.near(name), len(catalog.models))
+    permit(request, model)
     return model
 
 

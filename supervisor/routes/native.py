@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from supervisor.access import permit
 from supervisor.errors import BadRequest, SupervisorError
 from supervisor.models.catalog import Model
 from supervisor.relay import relay
-from supervisor.routes.keys import CATALOG, CONVERSATIONS, FLEET
+from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.streams import remember
 from supervisor.routes.wrap import guarded
 
@@ -128,12 +129,16 @@ def model_of(request: web.Request, body: bytes) -> str | None:
 
 
 def find_model(request: web.Request, body: bytes) -> Model:
-    """Return the model that a request is for. Raises `BadRequest`, `ModelNotFound` or `ModelInvalid`."""
+    """Return the model that a request is for.
+
+    Raises `BadRequest`, `ModelNotFound`, `ModelInvalid` or `ModelNotAllowed`.
+    """
     catalog = request.app[CATALOG]
     name = model_of(request, body)
     model = catalog.models.get(name or "")
     if model is None or model.error is not None:
         model = catalog.resolve(name, request.app[FLEET].running())
+    permit(request, model)
     return model
 
 
@@ -147,8 +152,8 @@ async def pass_through(request: web.Request) -> web.StreamResponse:
     start = request.path not in OBSERVING or request.method == "POST"
     if request.query_string:
         start = start and request.query.get("autoload", "").lower() not in _FALSE
-    if conversation := request.headers.get("X-Conversation-Id"):
-        remember(app[CONVERSATIONS], conversation, model.id)
+    if "X-Conversation-Id" in request.headers:
+        remember(request, model.id)
     lease = await fleet.acquire(model.id, start=start)
     return await relay(request, body, lease)
 

@@ -1,27 +1,26 @@
 """Resumable streams: llama-server keeps an answer by its conversation id; here it is found again by that id.
 
 A request with the header `X-Conversation-Id` goes on in its child when the client leaves, and can be read again at
-`/v1/stream`. Those requests name a conversation, not a model, so the model that served it last is remembered.
+`/v1/stream`. Those requests name a conversation, not a model, so the model that served it last is remembered, and
+with API keys also whose it is: nobody reaches another one's conversations.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from typing import Any
 
 from aiohttp import web
 
+from supervisor.access import caller_of, permit
 from supervisor.errors import NotLoaded, SupervisorError
 from supervisor.relay import relay
-from supervisor.routes.keys import CATALOG, CONVERSATIONS, FLEET
+from supervisor.routes.keys import CATALOG, CONVERSATIONS, FLEET, Conversation
 from supervisor.routes.wrap import guarded, json_object
 from supervisor.upstream import UpstreamClosed
 
 MOST = 10_000
 """Conversations that are remembered; the oldest are forgotten first."""
-
-Conversations = OrderedDict[str, str]
 
 
 class NoSession(SupervisorError):
@@ -31,27 +30,60 @@ class NoSession(SupervisorError):
     type = "not_found_error"
 
 
-def remember(conversations: Conversations, conversation: str, model: str) -> None:
-    """Note that `model` serves `conversation` now."""
-    conversations[conversation] = model
-    conversations.move_to_end(conversation)
-    if len(conversations) > MOST:
-        conversations.popitem(last=False)
+class OthersConversation(SupervisorError):
+    """The conversation belongs to another API key (409)."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conversation_in_use"
+
+
+def remember(request: web.Request, model: str) -> None:
+    """Note that `model` serves the conversation that the request names. Raises `OthersConversation`."""
+    conversations = request.app[CONVERSATIONS]
+    for name in request.headers.getall("X-Conversation-Id"):
+        if name in conversations and not _may_reach(request, name):
+            raise OthersConversation("X-Conversation-Id names a conversation of another API key; choose another")
+        conversations[name] = Conversation(model, _owner(request))
+        conversations.move_to_end(name)
+        if len(conversations) > MOST:
+            conversations.popitem(last=False)
+
+
+def _owner(request: web.Request) -> str | None:
+    caller = caller_of(request)
+    return caller.owner if caller is not None else None
+
+
+def _may_reach(request: web.Request, name: str) -> bool:
+    """Tell whether a conversation is the request's own; without keys all are."""
+    owner = _owner(request)
+    found = request.app[CONVERSATIONS].get(name)
+    return owner is None or (found is not None and found.owner == owner)
 
 
 @guarded
 async def one_stream(request: web.Request) -> web.StreamResponse:
     """GET or DELETE /v1/stream?conv_id=...: read on, or end, the answer of a conversation."""
     fleet, catalog = request.app[FLEET], request.app[CATALOG]
-    owner = request.app[CONVERSATIONS].get(request.query.get("conv_id", ""))
-    model = catalog.resolve(request.query.get("model") or owner, fleet.running())
+    names = request.query.getall("conv_id", [""])
+    found = request.app[CONVERSATIONS].get(names[0])
+    if not all(_may_reach(request, name) for name in names):
+        return _absent(request)
+    model = catalog.resolve(request.query.get("model") or (found.model if found else None), fleet.running())
+    permit(request, model)
     try:
         lease = await fleet.acquire(model.id, start=False)
-    except NotLoaded as error:
-        if request.method == "DELETE":
-            return web.Response(status=204)
-        raise NoSession("no running model holds this conversation") from error
+    except NotLoaded:
+        return _absent(request)
     return await relay(request, b"", lease)
+
+
+def _absent(request: web.Request) -> web.Response:
+    """Answer for a conversation that there is not; to end it succeeds."""
+    if request.method == "DELETE":
+        return web.Response(status=204)
+    raise NoSession("no running model holds this conversation")
 
 
 @guarded
@@ -68,8 +100,8 @@ async def lookup(request: web.Request) -> web.StreamResponse:
         try:
             status, answer = await lease.child.call("POST", "/v1/streams/lookup", body)
             if status == 200:
-                found += json.loads(answer)
-        except (OSError, UpstreamClosed, ValueError):
+                found += [one for one in json.loads(answer) if _may_reach(request, one.get("conversation_id", ""))]
+        except (OSError, UpstreamClosed, ValueError, AttributeError):
             continue
         finally:
             lease.release()

@@ -106,6 +106,7 @@ async def start(short_tmp: Path, native_server: Path) -> AsyncIterator[Start]:
                 "models": {"directory": models, "settle_seconds": 0.2},
                 "performance": {"context_size": 2048, "threads": 1},
                 "atlas": {"memory_directory": short_tmp / "memory"},
+                "api": {"require_keys": False},  # there may be a file of keys at the default place
                 "logging": {"directory": short_tmp / "logs"},
             }
             for section, values in sections.items():

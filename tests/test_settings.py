@@ -363,6 +363,13 @@ def test_secrets_are_not_shown() -> None:
     assert args == ["--api-key", "********", "--ssl-key-file=********", "--temp", "0"]
 
 
+def test_where_secrets_are_is_no_secret() -> None:
+    found = settings.load(write({"api": {"keys_file": "keys.json"}}), None, {})
+    rows = {row.key: row for row in settings.show(found)}
+    assert json.loads(rows["api.keys_file"].value).endswith("/keys.json")
+    assert refused({"api": {"keys_file": 5}}) == ["config.json: api.keys_file: 5 is not a path (a string)"]
+
+
 # --- show and the default file ------------------------------------------------------------------------------------
 
 

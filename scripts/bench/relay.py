@@ -2,7 +2,7 @@
 """What does the relay cost? A trivial upstream, direct and through the supervisor, interleaved.
 
 Requests: `wrk` with 1 and 16 connections. Streams: 1, 8 and 32 at once; time to first token, token rate.
-Needs wrk.
+With --keys the supervisor asks for an API key, counts its requests and tokens. Needs wrk.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 BODY = '{"model": "m", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 64}'
 LUA = 'wrk.method="POST" wrk.body=[[%s]] wrk.headers["Content-Type"]="application/json"\n'
 LUA += 'done=function(s,l,r) io.write(string.format("P50 %%d\\n", l:percentile(50))) end\n'
+LUA_KEY = 'wrk.headers["Authorization"]="Bearer %s"\n'
 
 
 def wrk(port: int, connections: int, seconds: float, script: Path) -> dict[str, float]:
@@ -62,11 +63,13 @@ class Stream(asyncio.Protocol):
             self.done.set_exception(common.BenchError(f"a stream was cut after {self.tokens} tokens"))
 
 
-def streams(port: int, count: int) -> dict[str, float]:
+def streams(port: int, count: int, secret: str) -> dict[str, float]:
     """Open `count` connections, start a stream on each at once, and return time to first token and token rate."""
     body = BODY.replace("}]", '}], "stream": true').encode()
+    key_line = b"Authorization: Bearer %s\r\n" % secret.encode() if secret else b""
     head = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n%b\r\n"
     )
 
     async def run() -> tuple[float, list[Stream]]:
@@ -75,7 +78,7 @@ def streams(port: int, count: int) -> dict[str, float]:
         await asyncio.sleep(0.05)
         began = time.perf_counter()
         for client in clients:
-            client.transport.write(head % len(body) + body)
+            client.transport.write(head % (len(body), key_line) + body)
         await asyncio.gather(*(client.done for client in clients))
         return began, clients
 
@@ -87,21 +90,33 @@ def streams(port: int, count: int) -> dict[str, float]:
     }
 
 
+def key(path: Path) -> tuple[str, dict]:
+    """Make an API key with limits that are never reached; return it, and the configuration that asks for it."""
+    command = [sys.executable, "-m", "supervisor", "key", "add", "bench"]
+    for limit in ("requests", "tokens"):
+        command += [f"--{limit}-per-minute", str(10**9)]
+    env = os.environ | {"LLAMA_SUPERVISOR_API__KEYS_FILE": str(path)}
+    made = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return made.stdout.strip(), {"api": {"keys_file": str(path)}}
+
+
 def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--model", type=common.model_file, required=True, help="any GGUF file; it is not loaded")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keys", action="store_true", help="with an API key whose requests and tokens are limited")
     parser.add_argument("--seconds", type=int, default=3, help="length of each wrk run")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "post.lua"
-        script.write_text(LUA % BODY)
+        secret, overlay = key(Path(folder) / "keys.json") if options.keys else ("", {})
+        script.write_text(LUA % BODY + LUA_KEY % secret if secret else LUA % BODY)
         fake = Path(folder) / "fake-server"
         fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "fake_server.py"}" "$@"\n')
         fake.chmod(0o755)
         direct = common.free_port()
         os.environ["FAKE_PORT"] = str(direct)
-        with common.supervisor({"m": options.model}, fake) as proxy:
+        with common.supervisor({"m": options.model}, fake, overlay) as proxy:
             proxied = int(proxy.url.rsplit(":", 1)[1])
             wrk(proxied, 4, 1, script)  # starts the child and warms everything up
             found: dict[str, dict[str, list[dict[str, float]]]] = {}
@@ -111,7 +126,9 @@ def main() -> int:
                         figures = wrk(port, connections, options.seconds, script)
                         found.setdefault(f"wrk c={connections}", {}).setdefault(side, []).append(figures)
                     for count in (1, 8, 32):
-                        found.setdefault(f"{count} streams", {}).setdefault(side, []).append(streams(port, count))
+                        found.setdefault(f"{count} streams", {}).setdefault(side, []).append(
+                            streams(port, count, secret)
+                        )
     report(found, options.json)
     return 0
 

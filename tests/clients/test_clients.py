@@ -13,6 +13,8 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 
+from supervisor import api_keys
+
 HERE = Path(__file__).parent
 MESSAGES = [{"role": "user", "content": "Say hello."}]
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -54,6 +56,57 @@ async def test_openai_python(running):
         with pytest.raises(openai.NotFoundError) as caught:
             await client.chat.completions.create(model="smal", messages=MESSAGES)
         assert caught.value.code == "model_not_found"
+
+
+def new_key(path: Path, name: str, **more: object) -> str:
+    with api_keys.locked(path) as file:
+        secret = api_keys.new_secret()
+        values = {"id": name, "owner": name, "name": name, "hash": file.digest(secret), "scopes": ["infer"]}
+        api_keys.save(path, file, [*file.keys, api_keys.ApiKey.model_validate(values | {"created": 0} | more)])
+    return secret
+
+
+async def test_openai_python_with_keys(start, smollm2, short_tmp):
+    path = short_tmp / "keys.json"
+    ours = {
+        name: new_key(path, name, models=["small"], tokens_per_minute=limit)
+        for name, limit in (("few", 1), ("some", 20), ("many", 10**6))
+    }
+    running = await start({"small": smollm2, "other": smollm2}, api={"keys_file": path, "require_keys": True})
+
+    def client(key: str) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=running.url + "/v1", api_key=key, max_retries=0)
+
+    ask = {"model": "small", "messages": MESSAGES, "max_tokens": 8, **GREEDY}
+    async with client("none") as stranger, client(ours["few"]) as few, client(ours["some"]) as some:
+        assert {model.id async for model in stranger.models.list()} == {"small", "other"}
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            await stranger.chat.completions.create(**ask)
+        assert unknown.value.code == "invalid_api_key"
+        assert {model.id async for model in few.models.list()} == {"small"}
+        with pytest.raises(openai.PermissionDeniedError) as denied:
+            await few.chat.completions.create(**ask | {"model": "other"})
+        assert denied.value.code == "model_not_allowed"
+
+        whole = await few.chat.completions.create(**ask)
+        assert whole.usage.completion_tokens == 8
+        with pytest.raises(openai.RateLimitError) as limited:
+            await few.chat.completions.create(**ask)
+        assert limited.value.code == "rate_limit_exceeded"
+        owed = whole.usage.total_tokens * 60  # at one token a minute
+        assert owed - 60 < int(limited.value.response.headers["Retry-After"]) <= owed
+
+        stream = await some.chat.completions.create(**ask, stream=True)  # tells of `timings`, not of `usage`
+        assert len([chunk async for chunk in stream]) > 8
+        with pytest.raises(openai.RateLimitError):
+            await some.chat.completions.create(**ask)
+    async with client(ours["many"]) as many:
+        assert (await many.chat.completions.create(**ask)).choices == whole.choices
+    message = {"model": "small", "messages": MESSAGES, "max_tokens": 4}
+    status, answer = await running.json("POST", "/v1/messages", message, headers={"x-api-key": ours["many"]})
+    assert (status, answer["type"]) == (200, "message")
+    status, answer = await running.json("POST", "/v1/messages", message, headers={"x-api-key": ours["few"]})
+    assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
 
 
 async def test_langchain(running):

@@ -102,7 +102,8 @@ class Access:
     """Whether keys are required, and which are good.
 
     `on` never turns false while the supervisor runs. A keys file that turns bad changes nothing, one that goes away
-    takes all keys with it, and where there was none before, even a bad one makes keys required.
+    takes all keys with it, and where there was none before, even a bad one makes keys required. `problems` says what is
+    wrong with it now.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class Access:
     ) -> None:
         self.path = api_keys.path_of(api)
         self.open_models = api.open_models
-        self.on = api.require_keys or (api.require_keys is None and api.keys_file is not None)
+        self.on = api_keys.required(api, there=False)
+        self.problems: list[str] = []
         self._off_for_good = api.require_keys is False
         self._wall = wall
         self._clock = clock
@@ -176,14 +178,17 @@ class Access:
         except KeysFileError as error:
             state = f"the {len(self._callers)} API keys from before stay in force" if self.on else "no API key is valid"
             self.on = True
+            self.problems = error.problems
             for problem in error.problems:
                 log.error("%s", problem)
             log.error("the keys file is bad: %s", state)
 
     def _take_over(self, file: KeysFile | None) -> None:
+        self.problems = []
         if file is None:
             if self._callers:
-                log.warning("%s is gone: no API key is valid until it is back", self.path)
+                self.problems = [f"{self.path} is gone: no API key is valid until it is back"]
+                log.warning("%s", self.problems[0])
             self._callers = {}
             return
         before = {caller.key.id: caller for caller in self._callers.values()}

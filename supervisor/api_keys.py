@@ -129,6 +129,13 @@ def path_of(api: ApiSection) -> Path:
     return api.keys_file or platformdirs.user_config_path("llama-supervisor", appauthor=False) / "keys.json"
 
 
+def required(api: ApiSection, *, there: bool) -> bool:
+    """Tell whether requests need a key; `there`: whether the keys file is."""
+    if api.require_keys is not None:
+        return api.require_keys
+    return api.keys_file is not None or there
+
+
 def load(path: Path) -> KeysFile | None:
     """Return what the file holds; None when there is no file. Raises `KeysFileError`."""
     try:

@@ -24,11 +24,12 @@ Handler = Callable[["Fake", dict[str, Any]], Reply | Iterator[str]]
 
 
 class Fake:
-    """A scripted supervisor on a real socket: `routes` by method and path, `seen` what was asked."""
+    """A scripted supervisor on a real socket: `routes` by method and path, `seen` what was asked, `keys` with which."""
 
     def __init__(self) -> None:
         self.routes: dict[str, Reply | Iterator[str] | Handler] = {}
         self.seen: list[tuple[str, Any]] = []
+        self.keys: list[str | None] = []
         fake = self
 
         class Request(BaseHTTPRequestHandler):
@@ -56,6 +57,7 @@ class Fake:
     def answer(self, request: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         key = f"{request.command} {request.path}"
         self.seen.append((key, body))
+        self.keys.append(request.headers.get("Authorization"))
         reply = self.routes.get(key, (404, "text/plain", "404: Not Found"))
         if callable(reply):
             reply = reply(self, body)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_supervisor import Fake, Reply, as_json, event, listing, model, progress, reply, run, start_process
 
-from supervisor.errors import ModelNotFound
+from supervisor.errors import InvalidApiKey, ModelNotFound
 
 LONG = "a-very-long-model-name-" * 8 + "Q4_K_M"
 NOT_FOUND = reply(ModelNotFound("tiyn", ["tiny"], 1).body(), 404)
@@ -322,3 +322,25 @@ def test_reader_that_goes_away(fake: Fake, lines: int) -> None:
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_comes_from_the_environment(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.routes["GET /v1/models"] = listing(model("tiny"))
+    run("models", "--url", fake.url)
+    monkeypatch.setenv("LLAMA_SUPERVISOR_API_KEY", " lsk-hush\n")
+    run("models", "--url", fake.url)
+    assert fake.keys == [None, "Bearer lsk-hush"]
+
+
+def test_a_refused_key(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.routes["GET /api/v1/status"] = reply(InvalidApiKey("the API key is not valid").body(), 401)
+    monkeypatch.setenv("LLAMA_SUPERVISOR_API_KEY", "lsk-hush")
+    result = run("status", "--url", fake.url)
+    assert result.exit_code == 1
+    assert (
+        result.stderr == "Error: the API key is not valid (LLAMA_SUPERVISOR_API_KEY holds the key of these commands)\n"
+    )
+    assert as_json(run("status", "--url", fake.url, "--json"))["error"]["code"] == "invalid_api_key"

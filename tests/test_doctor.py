@@ -204,3 +204,17 @@ def test_low_disk(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     check = look(config, "disk (cache)")
     assert (check.status, check.advice) == ("warn", "a build needs 1.1 GB: make room")
+
+
+def test_keys(config: Config, tmp_path: Path) -> None:
+    def found(**api: object) -> Check:
+        return look(changed(config, "api", **api), "API keys")
+
+    path = tmp_path / "keys.json"
+    assert found(require_keys=False, keys_file=path).status == "ok"
+    missing = found(keys_file=path)
+    assert (missing.status, missing.advice) == ("warn", "llama-supervisor key add NAME")
+    path.write_text("{")
+    path.chmod(0o644)
+    bad = found(keys_file=path)
+    assert (bad.status, "chmod 600" in bad.found) == ("fail", True)

@@ -18,6 +18,7 @@ import gguf_files
 import pytest
 from test_access import World
 
+from supervisor import api_keys
 from supervisor.app import Supervisor, announce, is_loopback, supervisor
 from supervisor.config import Config
 from supervisor.routes.gate import NEEDS, name_of, needs
@@ -65,7 +66,7 @@ class Front:
 
 
 @pytest.fixture
-async def begin(short_tmp: Path) -> AsyncIterator[Any]:
+async def begin(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
     """Return a function that starts the supervisor with these settings of `api`."""
     async with AsyncExitStack() as stack:
 
@@ -78,6 +79,7 @@ async def begin(short_tmp: Path) -> AsyncIterator[Any]:
             binary.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
             binary.chmod(0o755)
             world = World(short_tmp / "keys.json")
+            monkeypatch.setattr(api_keys, "path_of", lambda api: world.path)  # also where it is the default
             config = {
                 "server": {"port": 0, "llama_server": binary, "runtime_dir": short_tmp / "run", "drain_seconds": 1},
                 "models": {"directory": folder, "settle_seconds": 0, "overrides": {"one": {"aliases": ["uno"]}}},
@@ -415,6 +417,16 @@ async def test_conversations_are_their_keys_own(front):
     assert (await front.ask("GET", "/v1/stream?conv_id=talk", mine))[0] == 200
 
 
+async def test_a_conversation_from_before_there_were_keys_may_go_on(begin):
+    front = await begin(keys_file=None, require_keys=None)
+    assert (await front.ask("POST", CHAT, None, {"model": "one"}, X_Conversation_Id="talk"))[0] == 200
+    key = await front.key("a")
+    assert (await front.ask("POST", CHAT, None, {"model": "one"}, X_Conversation_Id="talk"))[0] == 401
+    assert (await front.ask("GET", "/v1/stream?conv_id=talk", key))[0] == 404
+    assert (await front.ask("POST", CHAT, key, {"model": "one"}, X_Conversation_Id="talk"))[0] == 200
+    assert (await front.ask("GET", "/v1/stream?conv_id=talk", key))[0] == 200
+
+
 async def test_without_keys_conversations_are_everybodys(open_front):
     assert (await open_front.ask("POST", CHAT, "a", {"model": "one"}, X_Conversation_Id="talk"))[0] == 200
     assert (await open_front.ask("POST", CHAT, "b", {"model": "one"}, X_Conversation_Id="talk"))[0] == 200
@@ -439,3 +451,12 @@ def test_which_addresses_only_this_machine_reaches(url, loopback):
 async def test_the_start_warns_when_no_key_is_good(front, caplog):
     announce(front.supervisor)
     assert "no API key is valid yet" in caplog.text
+
+
+async def test_the_status_tells_of_a_bad_file(front):
+    key = await front.key("a", scopes=["manage"])
+    front.world.write("{")
+    await front.supervisor.access.look()
+    _, status, _ = await front.ask("GET", "/api/v1/status", key)
+    assert status["keys_required"] is True
+    assert [problem for problem in status["problems"] if str(front.world.path) in problem]

@@ -10,7 +10,7 @@ from aiohttp import web
 from supervisor import __version__
 from supervisor.access import permit
 from supervisor.errors import BadRequest, ModelNotFound
-from supervisor.routes.keys import CATALOG, FLEET, SETTINGS, URLS
+from supervisor.routes.keys import ACCESS, CATALOG, FLEET, SETTINGS, URLS
 from supervisor.routes.wrap import guarded
 from supervisor.scheduler import COUNTED, State
 
@@ -56,7 +56,8 @@ async def status(request: web.Request) -> web.StreamResponse:
                 "ours": version.patches == fleet.patches if version else None,
             },
             "models_directory": str(settings.config.models.directory),
-            "problems": list(catalog.problems),
+            "keys_required": request.app[ACCESS].on,
+            "problems": [*catalog.problems, *request.app[ACCESS].problems],
             "loaded": sum(entry.state in COUNTED for entry in entries),
             "max_loaded": fleet.scheduler.limits.max_loaded,
             "models": [fleet.status_of(entry) for entry in entries if entry.state is not State.ABSENT],

@@ -40,11 +40,12 @@ class OthersConversation(SupervisorError):
 
 def remember(request: web.Request, model: str) -> None:
     """Note that `model` serves the conversation that the request names. Raises `OthersConversation`."""
-    conversations = request.app[CONVERSATIONS]
+    conversations, owner = request.app[CONVERSATIONS], _owner(request)
     for name in request.headers.getall("X-Conversation-Id"):
-        if name in conversations and not _may_reach(request, name):
+        before = conversations.get(name)
+        if before is not None and before.owner not in (None, owner) and owner is not None:
             raise OthersConversation("X-Conversation-Id names a conversation of another API key; choose another")
-        conversations[name] = Conversation(model, _owner(request))
+        conversations[name] = Conversation(model, owner)
         conversations.move_to_end(name)
         if len(conversations) > MOST:
             conversations.popitem(last=False)

@@ -17,8 +17,8 @@ from typing import Literal
 import psutil
 from rich.filesize import decimal
 
-from supervisor import runtime
-from supervisor.config import Config
+from supervisor import api_keys, runtime
+from supervisor.config import ApiSection, Config
 from supervisor.models.folder_scan import walk
 from supervisor.setup import native, toolchain
 from supervisor.setup.fetch import SetupError
@@ -71,6 +71,7 @@ def checks(config: Config, path: Path | None = None, problems: Sequence[str] = (
         _models(config.models.directory),
         _runtime_folder(config.server.runtime_dir or runtime.default_root()),
         *_ports(config),
+        _keys(config.api),
     ]
 
 
@@ -246,6 +247,20 @@ def _ports(config: Config) -> Iterator[Check]:
             yield Check("port", "warn", f"{where}: {error.strerror or error}", advice)
         else:
             yield Check("port", "ok", f"{where} is free")
+
+
+def _keys(api: ApiSection) -> Check:
+    name, path = "API keys", api_keys.path_of(api)
+    if not api_keys.required(api, there=path.exists()):
+        return Check(name, "ok", "not required")
+    try:
+        file = api_keys.load(path)
+    except api_keys.KeysFileError as error:
+        return Check(name, "fail", "; ".join(error.problems), "correct the file: the supervisor does not start with it")
+    count = len(file.keys) if file else 0
+    if not count:
+        return Check(name, "warn", f"required, and none in {path}", "llama-supervisor key add NAME")
+    return Check(name, "ok", f"{count} in {path}")
 
 
 def _nearest(folder: Path) -> Path:

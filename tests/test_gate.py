@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import gguf_files
 import pytest
+from memory_files import memory_file
 from test_access import World
 
 from supervisor import api_keys
@@ -83,6 +84,7 @@ async def begin(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
             config = {
                 "server": {"port": 0, "llama_server": binary, "runtime_dir": short_tmp / "run", "drain_seconds": 1},
                 "models": {"directory": folder, "settle_seconds": 0, "overrides": {"one": {"aliases": ["uno"]}}},
+                "atlas": {"memory_directory": short_tmp / "memory"},
                 "logging": {"directory": short_tmp / "logs"},
                 "api": {"keys_file": world.path} | api,
             }
@@ -320,6 +322,25 @@ async def test_keys_are_nowhere_in_logs_and_errors(front, caplog, short_tmp):
             assert secret not in str(answer) + str(headers)
     logs = caplog.text + "".join(path.read_text() for path in (short_tmp / "logs").iterdir())
     assert key[:-1] not in logs
+
+
+async def test_memory_files_of_a_model_that_does_not_run_are_their_keys_own(front, short_tmp):
+    mine, theirs = await front.key("mine"), await front.key("theirs")
+    folder = short_tmp / "memory" / "one"
+    for part in ("mine", "theirs", "."):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / f"{part.strip('.')}book.atlas").write_bytes(memory_file())
+    path = "/v1/atlas/memory"
+    for key, name in ((mine, "minebook"), (theirs, "theirsbook")):
+        _, answer, _ = await front.ask("GET", f"{path}?model=one", key, X_Atlas_Owner="mine")
+        assert [one["file"] for one in answer["files"]] == [f"{name}.atlas"]
+    for name in ("minebook", "book"):
+        assert (await front.ask("GET", f"{path}/info?model=one&file={name}", theirs))[0] == 404
+        assert (await front.ask("DELETE", f"{path}?model=one&file={name}", theirs))[0] == 404
+    assert (await front.ask("GET", f"{path}?model=two", await front.key("one", models=["one"])))[0] == 403
+    assert (await front.ask("DELETE", f"{path}?model=one&file=minebook", mine))[0] == 200
+    assert {file.name for file in folder.rglob("*.atlas")} == {"theirsbook.atlas", "book.atlas"}
+    assert not front.supervisor.fleet.children
 
 
 # Limits

@@ -104,7 +104,7 @@ def add(config: Path | None, as_json: bool, name: str, like: str | None, **given
     click.echo(f"This is the key {name!r}; it cannot be shown again. Requests carry it as", err=True)
     click.echo("  Authorization: Bearer <key>", err=True)
     if not file.keys:
-        click.echo(f"From now on requests need a key; {path} holds their hashes.", err=True)
+        click.echo(f"From now on supervisors whose keys are in {path} ask for one.", err=True)
 
 
 def _checked(values: dict[str, Any]) -> ApiKey:

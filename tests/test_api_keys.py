@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_supervisor import as_json, run
+from fake_supervisor import as_json, run, start_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,6 +145,17 @@ def test_commands_refuse_a_bad_file_and_leave_it_as_it_is(path):
         assert result.exit_code == 78
         assert str(path) in result.stderr
     assert path.read_text() == "{"
+
+
+def test_no_supervisor_starts_with_a_bad_file(path, tmp_path):
+    path.parent.mkdir()
+    path.write_text('{"salt": ""}')
+    path.chmod(0o600)
+    process = start_process("start", "--port", "0", "--models", str(tmp_path))
+    out, told = process.communicate(timeout=60)
+    assert (process.returncode, out) == (78, "")
+    assert f"{path}: salt: string should match" in told
+    assert "Traceback" not in told
 
 
 def test_who_edits_at_the_same_time_loses_nothing(path):

@@ -31,7 +31,7 @@ REASONS = {
     ),
     "M-RoPE positions (vision models) cannot be rotated to another place": "qwen2vl paddleocr qwen3vl qwen3vlmoe",
     "ALiBi biases depend on the true distance": "bloom refact jina-bert-v2",
-    "the model's positions are not rotary (RoPE)": "gpt2 mpt jais",
+    "the model's positions are not rotary (RoPE)": "gpt2 mpt jais starcoder",
 }
 """Architectures that surely cannot have a memory, by the reason."""
 

@@ -66,7 +66,7 @@ std::string llama_atlas::unsupported(const llama_model & model, bool causal_attn
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         return "ALiBi biases depend on the true distance";
     }
-    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || model.arch == LLM_ARCH_STARCODER) { // which learned them
         return "the model's positions are not rotary (RoPE)";
     }
     if (hparams.n_attn_temp_floor_scale > 0 || hparams.f_attn_temp_scale > 0.0f || hparams.attn_temp_length > 0) {

@@ -130,6 +130,7 @@ void server_atlas::init(llama_context * ctx, const common_params & params, int32
     this->ctx  = ctx;
     this->wake = std::move(wake);
     entries.assign(n_slots, {});
+    shape = llama_atlas_get_stats(ctx, 0);
     name_persist.clear();
     const auto & atlas = params.atlas;
     now = { atlas.params.n_window, atlas.params.blend, atlas.params.n_refresh, atlas.auto_save };
@@ -439,17 +440,16 @@ void server_atlas::update_due() {
 }
 
 json server_atlas::config() const {
-    const llama_atlas_stats st = llama_atlas_get_stats(ctx, 0);
     return {
         {"window_size",        now.window_size},
         {"blend_ratio",        now.blend_ratio},
         {"refresh",            now.refresh},
         {"auto_save_interval", now.auto_save_interval},
-        {"memory_cells",       st.n_cells},
-        {"sinks",              st.n_sink},
+        {"memory_cells",       shape.n_cells},
+        {"sinks",              shape.n_sink},
         {"memory_dir",         has_dir()},
         {"limits", {
-            {"window_size", json::array({ATLAS_WINDOW_MIN, st.n_window_max})},
+            {"window_size", json::array({ATLAS_WINDOW_MIN, shape.n_window_max})},
             {"blend_ratio", json::array({0.0, 1.0})},
             {"refresh",     json::array({1, 256})},
             {"max_tokens",  LLAMA_ATLAS_MAX_TOKENS},
@@ -464,7 +464,7 @@ void server_atlas::configure(const json & data) {
     settings next = now;
     for (const auto & [key, value] : data.items()) {
         if (key == "window_size") {
-            next.window_size = number<int32_t>(value, key, ATLAS_WINDOW_MIN, llama_atlas_get_stats(ctx, 0).n_window_max);
+            next.window_size = number<int32_t>(value, key, ATLAS_WINDOW_MIN, shape.n_window_max);
         } else if (key == "blend_ratio") {
             next.blend_ratio = number<float>(value, key, 0.0, 1.0);
         } else if (key == "refresh") {

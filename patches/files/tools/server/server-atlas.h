@@ -147,6 +147,7 @@ private:
     std::vector<entry> entries; // per slot
     std::string name_persist;   // of the memory that is kept over a restart, empty: none
 
+    llama_atlas_stats shape = {}; // of an empty sequence: how many cells there are for what
     settings now;
     counters total;
 

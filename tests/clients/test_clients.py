@@ -101,7 +101,29 @@ async def test_openai_python_with_keys(start, smollm2, short_tmp):
         with pytest.raises(openai.RateLimitError):
             await some.chat.completions.create(**ask)
     async with client(ours["many"]) as many:
+        caller = running.supervisor.access.identify({"Authorization": f"Bearer {ours['many']}"})
+        caller._clock = lambda: 0.0  # nothing flows in
+        told = whole.usage.total_tokens
+        level = caller._tokens._level
         assert (await many.chat.completions.create(**ask)).choices == whole.choices
+        assert level - caller._tokens._level == told
+        assert [chunk async for chunk in await many.chat.completions.create(**ask, stream=True)]
+        assert level - caller._tokens._level == 2 * told
+        stream = await many.responses.create(
+            model="small", input="Say hello.", max_output_tokens=16, stream=True, **GREEDY
+        )
+        last = [event async for event in stream][-1]
+        told = 2 * told + last.response.usage.total_tokens
+        assert level - caller._tokens._level == told
+        message = {"model": "small", "messages": MESSAGES, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        for stream in (False, True):
+            headers = {"x-api-key": ours["many"]}
+            async with running.http.post(
+                running.url + "/v1/messages", json=message | {"stream": stream}, headers=headers
+            ) as response:
+                text = await response.text()
+            told += whole.usage.total_tokens
+            assert level - caller._tokens._level == told, text
     message = {"model": "small", "messages": MESSAGES, "max_tokens": 4}
     status, answer = await running.json("POST", "/v1/messages", message, headers={"x-api-key": ours["many"]})
     assert (status, answer["type"]) == (200, "message")

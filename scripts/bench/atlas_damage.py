@@ -67,7 +67,7 @@ class Target:
         prompt = PROMPT * (4 * tokens // len(PROMPT) + 1)
         first = self.running.want(self.running.ask("POST", "/tokenize", {"content": prompt, "add_special": True}))
         read = self.running.complete(first["tokens"][:tokens], 1, memory_file="good")
-        if not self.running.want(read)["atlas"]["n_archived"]:
+        if not self.running.want(read)["atlas"]["tokens_archived"]:
             raise BenchError("the session has no archive: more --tokens are needed")
         self.good = (folder / "memory" / "good.atlas").read_bytes()
         self.raw = sum(frame["raw"] for frame in split(self.good)[0]["frames"])

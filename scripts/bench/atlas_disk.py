@@ -81,7 +81,7 @@ class Scene:
         self.demand("bytes" in (answer["atlas"]["saved"] or {}), "not saved", answer["atlas"])
         self.saved = self.book.read_bytes()
         self.tokens = saved_tokens(self.book)[0]
-        self.demand(len(self.tokens) >= answer["atlas"]["n_tokens"] - 1, "other tokens", answer["atlas"])
+        self.demand(len(self.tokens) >= answer["atlas"]["tokens_seen"] - 1, "other tokens", answer["atlas"])
         self.files = sorted(path.name for path in self.memory.iterdir())
 
     def cannot(self, *reasons: str, status: int = 500) -> None:

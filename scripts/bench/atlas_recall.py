@@ -17,6 +17,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from atlas_common import CORPUS, TEXTS, Server, corpus, place, share, steps
 from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of
@@ -25,6 +26,9 @@ NAMES = "Alice Bruno Clara David Emma Felix Grace Henry Irene Jacob Karen Louis 
 CITIES = "Paris London Rome Berlin Madrid Vienna Tokyo Moscow Boston Chicago".split()
 ITEMS = "bread soap rope candles milk honey paper salt wine cheese".split()
 KINDS = ("code", "code", "code", "code", "city", "city", "city", "item", "item", "item")
+
+ASKED = {"temperature": 0, "n_predict": 8, "n_probs": 500, "cache_prompt": True}
+"""Fields of the request that asks a question."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,18 @@ class Question:
     def prompt(self) -> str:
         """The text to be continued."""
         return self.document + self.start
+
+    @property
+    def tail(self) -> str:
+        """What is asked with it: a code's space, which is a token where digits are tokens of their own."""
+        return " " if self.kind == "code" else ""
+
+
+class Reader(Protocol):
+    """A server that can tell the tokens of a text."""
+
+    def tokens(self, text: str) -> list[int]:
+        """Return them, without the BOS."""
 
 
 def fact(kind: str, name: str, rng: random.Random, taken: set[str]) -> tuple[str, str, tuple[str, ...]]:
@@ -123,16 +139,17 @@ def main() -> int:
         binary = (given.base_server or server) if mode == "full" else server
         with Server(binary, given.model, arguments[mode]) as running:
             if not questions:
-                filler = _paragraphs(running, spec, given.documents * given.tokens[1])
+                filler = paragraphs(running, spec, given.documents * given.tokens[1])
                 for number in range(given.documents):
                     made = document(given.seed * 1000 + number, filler, tuple(given.tokens), given.nearest)
                     questions += made
-                _check_candidates(running, questions)
+                check_candidates(running, questions[: len(KINDS)])
             answers[mode] = [_ask(running, question) for question in steps(questions, mode)]
     return _report(questions, answers, before, given.json)
 
 
-def _paragraphs(running: Server, spec: str, tokens: int) -> list[tuple[str, int]]:
+def paragraphs(running: Reader, spec: str, tokens: int) -> list[tuple[str, int]]:
+    """Return paragraphs of a text, each with its number of tokens, enough for `tokens` tokens if it has them."""
     path, _, offset = spec.rpartition(":")
     text = (Path(path).read_text(errors="replace") if path else Path(spec).read_text(errors="replace"))[
         int(offset) if path else 0 :
@@ -144,7 +161,8 @@ def _paragraphs(running: Server, spec: str, tokens: int) -> list[tuple[str, int]
     return [(part, len(running.tokens(part + "\n\n"))) for part in found]
 
 
-def _first(running: Server, question: Question, answer: str) -> int:
+def first_token(running: Reader, question: Question, answer: str) -> int:
+    """Return the first token of an answer to a question; for a code, behind the space that is asked with it."""
     # the token is that of the answer in its place: digits may be a token of their own behind a space
     start = running.tokens(question.start)
     whole = running.tokens(f"{question.start} {answer}")
@@ -152,22 +170,25 @@ def _first(running: Server, question: Question, answer: str) -> int:
     return rest[0] if question.kind != "code" else whole[-len(answer)]
 
 
-def _check_candidates(running: Server, questions: list[Question]) -> None:
-    for question in questions[: len(KINDS)]:
-        first = {_first(running, question, answer) for answer in (question.answer, *question.wrong)}
+def check_candidates(running: Reader, questions: list[Question]) -> None:
+    """Raise `BenchError` when the candidates of a question cannot be told apart by their first token."""
+    for question in questions:
+        first = {first_token(running, question, answer) for answer in (question.answer, *question.wrong)}
         if len(first) != 10:
             raise BenchError(f"the candidates of a {question.kind} do not differ in their first token")
 
 
 def _ask(running: Server, question: Question) -> Json:
-    # a code is asked for with its space: where digits are tokens of their own, the space is one as well
-    body = {"temperature": 0, "n_predict": 8, "n_probs": 500, "cache_prompt": True}
-    tail = " " if question.kind == "code" else ""
-    answer = running.call("/completion", {"prompt": question.prompt + tail, **body})
+    answer = running.call("/completion", {"prompt": question.prompt + question.tail, **ASKED})
+    return score(running, question, answer)
+
+
+def score(running: Reader, question: Question, answer: Json) -> Json:
+    """Return how an answer is judged; a candidate's likelihood is that of its first token."""
     said = answer["content"].strip()
     right = re.match(re.escape(question.answer) + r"(?![0-9A-Za-z])", said) is not None
     likely = {top["id"]: top["logprob"] for top in answer["completion_probabilities"][0]["top_logprobs"]}
-    ranks = [likely.get(_first(running, question, one), -1e9) for one in (question.answer, *question.wrong)]
+    ranks = [likely.get(first_token(running, question, one), -1e9) for one in (question.answer, *question.wrong)]
     return {
         "right": right,
         "likeliest": ranks[0] > max(ranks[1:]),

@@ -148,6 +148,10 @@ class MemoryServer:
         body: Json = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
         return self.ask("POST", "/completion", body | {"return_tokens": True} | ({"atlas": atlas} if atlas else {}))
 
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of `text`, without the BOS."""
+        return list(self.want(self.ask("POST", "/tokenize", {"content": text, "add_special": False}))["tokens"])
+
     def want(self, answer: tuple[int, Json]) -> Json:
         """Return the body of an answer that must be 200. Raises `BenchError`."""
         if answer[0] != 200:

@@ -3,10 +3,11 @@
 
 Each round, a server over the same folder brings sessions into its slots and saves some: at the end of a request
 (`end`), by `POST /v1/atlas/memory/save` (`route`), because another session needs the slot (`push`), by auto-save
-(`auto`), at SIGTERM (`stop`). It gets SIGKILL at a random moment of that, in every other round counted from the moment
-when a temporary file appears. Then each session's file must be whole, its tokens must be one of the states that were
-saved or being saved, none older than the last that a client was told of, and its lock must be free; the next server
-must load each session with these tokens, and leave no temporary file and not more backups than it keeps.
+(`auto`), at SIGUSR1 (`signal`), at SIGTERM (`stop`). It gets SIGKILL at a random moment of that, in every other round
+counted from the moment when a temporary file appears. Then each session's file must be whole, its tokens must be one of
+the states that were saved or being saved, none older than the last that a client was told of, and its lock must be
+free; the next server must load each session with these tokens, and leave no temporary file and not more backups than it
+keeps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from atlas_common import steps
 from atlas_server import Gone, MemoryServer, saved_tokens, tiny_model, workplace
 from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of
 
-WEIGHTS = {"end": 4, "route": 2, "push": 2, "stop": 1, "auto": 1}
+WEIGHTS = {"end": 4, "route": 2, "push": 2, "stop": 1, "signal": 1, "auto": 1}
 """How often each kind of save is played; auto-save takes more than a second."""
 
 SESSIONS = ("one", "two", "three", "four")
@@ -205,6 +206,20 @@ class Campaign:
             self.running.want(self.running.complete([70, 71, 72], 20000))
 
         return request
+
+    def _signal(self) -> Callable[[], None]:
+        dirty = self._chosen(SLOTS)
+        for session in dirty:
+            self._request(session, False)
+
+        def save() -> None:
+            self.running.process.send_signal(signal.SIGUSR1)
+            while not all(slot["saved"] for slot in self.running.ask("GET", "/v1/atlas/status")[1]["slots"]):
+                time.sleep(0.002)
+            for session in dirty:
+                session.told()
+
+        return save
 
     def _stop(self) -> Callable[[], None]:
         dirty = self._chosen(SLOTS)

@@ -168,7 +168,9 @@ std::vector<std::string> common_atlas_store::backups(const std::string & name) c
 }
 
 bool common_atlas_store::exists(const std::string & name) const {
-    return fs::exists(path(name)) || !backups(name).empty();
+    std::error_code ec;
+    const bool there = fs::exists(path(name), ec);
+    return there || ec || !backups(name).empty(); // what is wrong with it shows when it is loaded
 }
 
 // delete what a process left that was killed while it saved
@@ -484,14 +486,17 @@ json common_atlas_store::list(const std::string & owner) const {
 int32_t common_atlas_store::remove(const std::string & name) const {
     std::vector<std::string> files = backups(name);
     files.push_back(path(name));
-    if (!fs::exists(path(name)) && files.size() == 1) {
+    std::error_code ec;
+    if (!fs::exists(path(name), ec) && !ec && files.size() == 1) {
         throw common_atlas_error(404, "there is no memory file " + fs::path(path(name)).filename().string());
     }
     atlas_lock lock(lock_path(name), true);
     int32_t n = 0;
-    std::error_code ec;
     for (const auto & file : files) {
         n += fs::remove(file, ec);
+        if (ec) {
+            throw common_atlas_error(500, "cannot delete " + fs::path(file).filename().string() + ": " + ec.message());
+        }
     }
     fs::remove(lock_path(name), ec);
     return n;

@@ -235,8 +235,11 @@ bool atlas_writer::io(void * user, llama_atlas_part part, int32_t layer, size_t 
 //
 
 atlas_reader::atlas_reader(const std::string & path) : f(fopen(path.c_str(), "rb")) {
-    if (!f) {
+    if (!f && errno == ENOENT) {
         throw common_atlas_error(404, "there is no memory file " + fs::path(path).filename().string());
+    }
+    if (!f) {
+        throw atlas_io_error("cannot read", path);
     }
     std::error_code ec;
     const uint64_t size = fs::file_size(path, ec);

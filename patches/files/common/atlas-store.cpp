@@ -449,7 +449,7 @@ json common_atlas_store::describe(const std::string & path) const {
         res["compatible"] = false;
         res["reason"]     = std::string("corruption: the header cannot be understood: ") + e.what();
     } catch (const common_atlas_error & e) {
-        if (e.status == 404) {
+        if (e.status != 400) {
             throw;
         }
         res["compatible"] = false;
@@ -476,9 +476,16 @@ json common_atlas_store::list(const std::string & owner) const {
             files.insert(entry.path().string());
         }
     }
+    if (ec && ec != std::errc::no_such_file_or_directory) {
+        throw common_atlas_error(500, "cannot read the folder of the memory files: " + ec.message());
+    }
     json res = json::array();
     for (const auto & file : files) {
-        res.push_back(describe(file));
+        try {
+            res.push_back(describe(file));
+        } catch (const common_atlas_error & e) {
+            res.push_back({{"file", fs::path(file).filename().string()}, {"compatible", false}, {"reason", e.what()}});
+        }
     }
     return res;
 }

@@ -188,7 +188,7 @@ class Client(threading.Thread):
         if action == "cut":
             return
         atlas, tokens = answer["atlas"], answer["tokens"]
-        if "error" in (atlas["saved"] or {}):
+        if "error" in (atlas.get("saved") or {}):
             self.shared.fail(f"{self.session} was not saved: {atlas['saved']}")
         if len(tokens) == answer["tokens_predicted"]:  # a stream leaves out what ends within a character
             self.expected, self.last, self.exact = self.expected + tokens[:-1], tokens[-1], True

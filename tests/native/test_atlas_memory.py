@@ -104,7 +104,7 @@ async def test_sessions_are_isolated_and_pushed_out_of_the_slot(start, smollm2, 
     # a request without a session starts from nothing, although its prompt begins as a session does
     _, plain = await complete(running, prompts["b"])
     assert plain["timings"]["cache_n"] == 0
-    assert "memory_file" not in plain["atlas"]
+    assert plain["atlas"]["memory_file"] is None
 
 
 async def test_a_session_that_is_sent_again_is_not_appended(start, smollm2, folder):

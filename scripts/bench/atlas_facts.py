@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atlas_common import CORPUS, TEXTS, Server, corpus, place, progress, share, steps
-from atlas_recall import ASKED, NAMES, Question, check_candidates, fact, paragraphs, score
+from atlas_recall import ASKED, NAMES, Question, check_candidates, fact, paragraphs, print_shares, score
 from atlas_server import MemoryServer, workplace
 from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of
 
@@ -79,7 +79,7 @@ def read_all(running: MemoryServer, texts: list[Text], note: str = "") -> dict[s
     """Read each text into a session of its name; return the hashes of the files."""
     for number, text in enumerate(texts):
         progress(f"{note} reads {text.name}", number, len(texts))
-        answer = running.want(running.complete(text.tokens, 0, memory_file=text.name, append=False))
+        answer = running.want(running.complete(text.tokens, 0, memory_file=text.name, append=False, reset="hard"))
         if "bytes" not in (answer["atlas"]["saved"] or {}):
             raise BenchError(f"{text.name} is not saved: {answer['atlas']}")
     progress("")
@@ -202,14 +202,7 @@ def _report(texts: list[Text], answers: dict[str, list[list[Json]]], before: Jso
         result = {"benchmark": "atlas facts", "rows": rows, "met": met, "questions": details}
         print(json.dumps(result | {"machine": {"before": before, "after": machine_state()}}, indent=2))
         return 1 if met is False else 0
-    for row in rows:
-        low, high = row["interval"]
-        print(
-            f"{row['mode']:8}{row['group']:14}{row['measure']:10}{row['share']:7.1%}"
-            f" [{low:.1%}, {high:.1%}] of {row['questions']}"
-        )
-    if met is not None:
-        print(f"target, the memory's interval above the window's: {'met' if met else 'MISSED'}")
+    print_shares(rows, met)
     print_machine(before)
     return 1 if met is False else 0
 

@@ -224,18 +224,23 @@ def _report(questions: list[Question], answers: dict[str, list[Json]], before: J
         result = {"benchmark": "atlas recall", "rows": rows, "recovered": recovered, "met": met, "questions": details}
         print(json.dumps(result | {"machine": {"before": before, "after": machine_state()}}, indent=2))
         return 1 if met is False else 0
+    print_shares(rows, met)
+    if recovered is not None:
+        print(f"recovered of full over window: {recovered:.0%}")
+    print_machine(before)
+    return 1 if met is False else 0
+
+
+def print_shares(rows: list[Json], met: bool | None) -> None:
+    """Print a line for each share, and whether the memory's is above the window's."""
     for row in rows:
         low, high = row["interval"]
         print(
             f"{row['mode']:8}{row['group']:20}{row['measure']:10}{row['share']:7.1%}"
             f" [{low:.1%}, {high:.1%}] of {row['questions']}"
         )
-    if recovered is not None:
-        print(f"recovered of full over window: {recovered:.0%}")
     if met is not None:
         print(f"target, the memory's interval above the window's: {'met' if met else 'MISSED'}")
-    print_machine(before)
-    return 1 if met is False else 0
 
 
 if __name__ == "__main__":

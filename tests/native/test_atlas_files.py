@@ -29,7 +29,7 @@ def test_cycles(running: MemoryServer) -> None:
     running.want(running.complete(PROMPT, 1, memory_file="book"))
     first = (running.memory / "book.atlas").stat().st_size
     seen = atlas_files.cycle(running, "book", 60, every=20)
-    assert len({one["files"] for one in seen}) == 1
+    assert seen[-1]["files"] <= seen[0]["files"]
     assert saved_tokens(running.memory / "book.atlas")[0] == PROMPT
     assert abs((running.memory / "book.atlas").stat().st_size - first) < 100
     goes_on = running.want(running.complete([70], 16, memory_file="book", save_memory=False))["tokens"]

@@ -78,6 +78,9 @@ public:
 
     ~server_atlas() { stop(); }
 
+    // what clients are told of a name
+    static std::string file_of(const std::string & name);
+
     // throws server_atlas_error; `data` is the body of the request
     static server_atlas_params parse(const json & data, const std::string & owner, const common_params_atlas & server);
 

@@ -19,8 +19,8 @@ VERSION = 1
 FIXED = struct.Struct("<8sII")
 """Magic, version, size of the header. An XXH64 follows the header."""
 
-HEADER_MAX = 16 << 20
-FRAME_MAX = 64 << 20
+HEADER_MAX = 4 << 20
+FRAME_MAX = 8 << 20
 """Largest frame when decompressed."""
 
 

@@ -17,7 +17,7 @@ CORRUPT, MISMATCH = 400, 409
 WRONG = (CORRUPT, MISMATCH)
 ANY = (200, CORRUPT, MISMATCH)
 
-FRAME_MAX = 64 << 20
+FRAME_MAX = 8 << 20
 
 HOSTILE: list[Any] = [
     0, 1, -1, 7, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 53) + 1, (1 << 63) - 1, 1 << 63,
@@ -131,7 +131,9 @@ def texts(good: bytes, count: int, rng: random.Random) -> Iterator[Mutant]:
         "deep objects": text[:-1] + b',"x":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
         "deepest lists": text[:-1] + b',"x":' + b"[" * 7_000_000 + b"]" * 7_000_000 + b"}",
         "open lists": b"[" * 1_000_000, "many lists": text[:-1] + b',"x":[' + b"[]," * 1_000_000 + b"0]}",
+        "some lists": text[:-1] + b',"x":[' + b"[]," * 100_000 + b"0]}",
         "many numbers": text[:-1] + b',"x":[' + b"0," * 1_000_000 + b"0]}",
+        "some numbers": text[:-1] + b',"x":[' + b"0," * 200_000 + b"0]}",
         "many frames": text[:-1] + b',"frames":[' + b"{}," * 100_000 + b"{}]}",
         "a long text": text[:-1] + b',"x":"' + b"a" * 4_000_000 + b'"}',
     }  # fmt: skip
@@ -246,7 +248,7 @@ def contents(good: bytes, count: int, rng: random.Random) -> Iterator[Mutant]:
 def bombs(good: bytes) -> Iterator[Mutant]:
     """Small files that claim, or decompress to, far more than they need."""
     header, frames = split(good)
-    for size in (1 << 20, FRAME_MAX):
+    for size in (1 << 20, FRAME_MAX, 64 << 20):
         for number, about in enumerate(header["frames"]):
             table = [dict(frame) for frame in header["frames"]]
             table[number]["raw"] = size
@@ -261,10 +263,11 @@ def bombs(good: bytes) -> Iterator[Mutant]:
     more = header | {"frames": [*header["frames"], *[entry] * 8]}
     yield Mutant("bomb", "8 large frames behind", join(more, [*frames, *[stored] * 8]))
     for tokens in (1 << 20, 4 << 20, 1 << 24):
-        entry, stored = pack(header["frames"][0], bytes(4 * tokens))
+        entry, stored = pack(header["frames"][0], bytes(min(4 * tokens, FRAME_MAX)))
+        count = 4 * tokens // entry["raw"]
         session = header["session"] | {"n_tokens": tokens}
-        many = header | {"session": session, "frames": [entry, *header["frames"][1:]]}
-        yield Mutant("bomb", f"{tokens} tokens", join(many, [stored, *frames[1:]]))
+        many = header | {"session": session, "frames": [*[entry] * count, *header["frames"][1:]]}
+        yield Mutant("bomb", f"{tokens} tokens", join(many, [*[stored] * count, *frames[1:]]))
 
 
 KINDS: dict[str, Callable[[bytes, int, random.Random], Iterator[Mutant]]] = {

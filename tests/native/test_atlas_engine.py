@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 LONG = "--text TEXT -c 256 -n 640 --atlas-chunk 16"
 SHORT = "--text TEXT -c 256 -n 512 --atlas-chunk 16"
 SAME = "--text TEXT -c 256 -n 304 --skip 260 --atlas-chunk 1 --modes atlas"
+OFTEN = "--text TEXT -c 256 -n 480 --skip 260 --atlas-chunk 1 --modes atlas"
 THREADS = "--text TEXT -c 256 --atlas-cells 64 --atlas-window 64 -n 200 --skip 140 --atlas-chunk 16 --modes atlas"
 BEYOND = "--text TEXT:9000 --text TEXT:20000 --atlas-cells 176 --atlas-window 76 -n 289 --skip 256 --atlas-chunk 16"
 RUNS = {
@@ -40,7 +41,8 @@ RUNS = {
     "cap": f"{LONG} --modes atlas,shuffled --atlas-archive-max 8",
     "unread": f"{SHORT} --modes atlas --atlas-blend 0",
     "window": f"{SHORT} --modes window --atlas-cells 0 --atlas-window 124",
-    "refresh": f"{SAME} --atlas-refresh 16",
+    "often": OFTEN,
+    "seldom": f"{OFTEN} --atlas-refresh 16",
 }
 
 
@@ -132,5 +134,5 @@ def test_memory_that_is_not_read_is_the_window(runs: Runs) -> None:
 
 
 def test_frequent_refreshes_do_no_harm(runs: Runs) -> None:
-    assert runs.nll("base") < runs.nll("refresh") + 0.01
-    assert runs.stats("base")["n_refresh"] > 8 * runs.stats("refresh")["n_refresh"] > 0
+    assert runs.nll("often") < runs.nll("seldom") + 0.02
+    assert runs.stats("often")["n_refresh"] > 8 * runs.stats("seldom")["n_refresh"] > 0

@@ -24,9 +24,10 @@ using json = common_json;
 static constexpr char     ATLAS_MAGIC[]     = "ATLASMEM";
 static constexpr uint32_t ATLAS_VERSION     = 1;
 static constexpr size_t   ATLAS_FIXED       = 16;       // magic, version, size of the header
-static constexpr size_t   ATLAS_HEADER_MAX  = 16 << 20;
-static constexpr size_t   ATLAS_FRAME_MAX   = 64 << 20; // raw
-static constexpr size_t   ATLAS_FRAME_WRITE = 8 << 20;  // raw; small enough for several threads to share the work
+static constexpr size_t   ATLAS_HEADER_MAX  = 4 << 20;
+static constexpr int      ATLAS_DEPTH_MAX   = 16;
+static constexpr size_t   ATLAS_VALUES_MAX  = 256 << 10; // of the header
+static constexpr size_t   ATLAS_FRAME_MAX   = 8 << 20;   // raw; small enough for several threads to share the work
 
 static const char * const atlas_purpose[] = { "counters", "cells", "keys", "values", "scores" };
 
@@ -122,8 +123,11 @@ atlas_writer::atlas_writer(const std::string & path, const json & header, size_t
         throw atlas_io_error("cannot create", path);
     }
     // the header comes first, but its table is only known in the end
-    const size_t n_frames = 16 + 3*n_layer + raw_max/(ATLAS_FRAME_WRITE/2);
+    const size_t n_frames = 16 + 3*n_layer + raw_max/(ATLAS_FRAME_MAX/2);
     n_header = header.dump().size() + 64 + 192*n_frames;
+    if (n_header > ATLAS_HEADER_MAX) {
+        throw common_atlas_error(413, "the memory is too large for a file: " + std::to_string(raw_max >> 20) + " MiB");
+    }
     if (fseek(f.get(), ATLAS_FIXED + n_header + 8, SEEK_SET) != 0) {
         throw atlas_io_error("cannot write", path);
     }
@@ -208,7 +212,7 @@ void atlas_writer::add(const atlas_frame & kind, const void * src, size_t size) 
         flush();
         cur = kind;
     }
-    const size_t max = ATLAS_FRAME_WRITE/kind.stride*kind.stride;
+    const size_t max = ATLAS_FRAME_MAX/kind.stride*kind.stride;
     for (size_t i = 0; i < size; ) {
         const size_t n = std::min(size - i, max - data.size());
         data.insert(data.end(), (const uint8_t *) src + i, (const uint8_t *) src + i + n);
@@ -234,6 +238,59 @@ bool atlas_writer::io(void * user, llama_atlas_part part, int32_t layer, size_t 
 // reading
 //
 
+// the parser recurses, and needs far more memory than the text: look before
+static void check_text(const std::string & text) {
+    int    depth    = 0;
+    size_t n_values = 0;
+    bool   quoted   = false;
+    for (size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (quoted) {
+            i += c == '\\';
+            quoted = c != '"';
+            continue;
+        }
+        quoted    = c == '"';
+        n_values += c == ',' || c == '[' || c == '{';
+        depth    += (c == '[' || c == '{') - (c == ']' || c == '}');
+        if (c == 0 || depth > ATLAS_DEPTH_MAX || n_values > ATLAS_VALUES_MAX) {
+            throw atlas_corrupt("the header cannot be understood: it is nested too deeply, has too many values, or a zero byte");
+        }
+    }
+}
+
+// all that is asked of the header later
+static void check_header(const json & header) {
+    const auto has = [](const json & object, const char * key, bool (json::*is)() const) {
+        if (!(object.at(key).*is)()) {
+            throw atlas_corrupt(std::string("the header has something else as ") + key);
+        }
+    };
+    has(header, "format",  &json::is_string);
+    has(header, "model",   &json::is_object);
+    has(header, "params",  &json::is_object);
+    has(header, "session", &json::is_object);
+    has(header, "frames",  &json::is_array);
+    has(header.at("model"), "hash", &json::is_string);
+    for (const char * key : { "bytes", "raw" }) {
+        atlas_reader::number(header.at(key));
+    }
+    for (const char * key : { "cells", "window" }) {
+        atlas_reader::number(header.at("params").at(key));
+    }
+    const json & session = header.at("session");
+    has(session, "name", &json::is_string);
+    for (const char * key : { "n_tokens", "n_archived", "created", "saved" }) {
+        atlas_reader::number(session.at(key));
+    }
+    atlas_reader::number(session.at("last"), INT32_MAX, -1);
+    for (const auto & item : { std::make_pair(&header, "build"), std::make_pair(&header.at("model"), "description") }) {
+        if (item.first->contains(item.second)) {
+            has(*item.first, item.second, &json::is_string);
+        }
+    }
+}
+
 atlas_reader::atlas_reader(const std::string & path) : f(fopen(path.c_str(), "rb")) {
     if (!f && errno == ENOENT) {
         throw common_atlas_error(404, "there is no memory file " + fs::path(path).filename().string());
@@ -242,7 +299,7 @@ atlas_reader::atlas_reader(const std::string & path) : f(fopen(path.c_str(), "rb
         throw atlas_io_error("cannot read", path);
     }
     std::error_code ec;
-    const uint64_t size = fs::file_size(path, ec);
+    size = fs::file_size(path, ec);
     uint8_t fixed[ATLAS_FIXED];
     if (ec || size < sizeof(fixed) + 8 || !get(fixed, sizeof(fixed)) || memcmp(fixed, ATLAS_MAGIC, 8) != 0) {
         throw atlas_corrupt("this is no memory file");
@@ -262,16 +319,29 @@ atlas_reader::atlas_reader(const std::string & path) : f(fopen(path.c_str(), "rb
         throw atlas_corrupt("the checksum of the header is wrong");
     }
     try {
-        header = json::parse(std::string((const char *) head.data() + sizeof(fixed), n_header));
+        const std::string text((const char *) head.data() + sizeof(fixed), n_header);
+        check_text(text);
+        header = json::parse(text);
+        check_header(header);
         uint64_t total = head.size() + sizeof(hash);
         for (const auto & item : header.at("frames")) {
             atlas_frame frame;
             frame.purpose = item.at("purpose").get<std::string>();
-            frame.layer   = item.at("layers").empty() ? -1 : number(item.at("layers").at((size_t) 0), 1 << 20);
+            if (!item.at("layers").is_array()) {
+                throw atlas_corrupt("the header has something else as layers");
+            }
+            for (const auto & layer : item.at("layers")) {
+                const int32_t i = number(layer, 1 << 20);
+                frame.layer = frame.layer < 0 ? i : frame.layer;
+            }
             frame.stride  = number(item.at("shuffle"), 1 << 16);
             frame.raw     = number(item.at("raw"),    ATLAS_FRAME_MAX);
             frame.stored  = number(item.at("stored"), ZSTD_compressBound(ATLAS_FRAME_MAX));
-            frame.hash    = strtoull(item.at("xxh64").get<std::string>().c_str(), nullptr, 16);
+            const std::string digits = item.at("xxh64").get<std::string>();
+            frame.hash    = strtoull(digits.c_str(), nullptr, 16);
+            if (digits != atlas_hex64(frame.hash)) {
+                throw atlas_corrupt("the header has something else as xxh64");
+            }
             total += frame.stored;
             frames.push_back(std::move(frame));
         }
@@ -284,12 +354,20 @@ atlas_reader::atlas_reader(const std::string & path) : f(fopen(path.c_str(), "rb
     }
 }
 
-int64_t atlas_reader::number(const json & x, int64_t max) {
+size_t atlas_reader::raw_size(const atlas_frame & kind) const {
+    size_t res = 0;
+    for (const auto & frame : frames) {
+        res += frame.same_kind(kind) ? frame.raw : 0;
+    }
+    return res;
+}
+
+int64_t atlas_reader::number(const json & x, int64_t max, int64_t min) {
     if (!x.is_number_integer()) {
         throw atlas_corrupt("the header has something else instead of a number");
     }
     const int64_t res = x.get<int64_t>();
-    if (res < 0 || res > max) {
+    if (res < min || res > max) {
         throw atlas_corrupt("a number of the header is out of range");
     }
     return res;
@@ -298,6 +376,9 @@ int64_t atlas_reader::number(const json & x, int64_t max) {
 std::vector<uint8_t> atlas_reader::unpack(const atlas_frame & frame, std::vector<uint8_t> stored) {
     if (XXH64(stored.data(), stored.size(), 0) != frame.hash) {
         throw atlas_corrupt("the checksum of a frame is wrong");
+    }
+    if (ZSTD_getFrameContentSize(stored.data(), stored.size()) != frame.raw) {
+        throw atlas_corrupt("a frame has another size than the header says");
     }
     std::vector<uint8_t> raw(frame.raw);
     const size_t n = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());

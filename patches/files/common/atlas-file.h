@@ -20,7 +20,7 @@
 //
 // All numbers are little-endian. The header is JSON, padded with spaces: the model, the session, and a table of the frames
 // (purpose, layer, raw and stored size, period of the byte shuffle, XXH64 of the stored bytes). A frame is a zstd frame with
-// a checksum, of at most 64 MiB raw. Whoever has the header can check and read the file without the model.
+// a checksum, of at most 8 MiB raw. Whoever has the header can check and read the file without the model.
 
 struct common_atlas_error : std::runtime_error {
     int status; // of HTTP: 400 corrupt, 404 there is none, 409 not for this model or in use, 500 the disk
@@ -99,7 +99,10 @@ public:
 
     common_json header; // without the table of the frames
 
+    uint64_t size; // of the file
+
     size_t n_frames() const { return frames.size(); }
+    size_t raw_size(const atlas_frame & kind) const; // of all frames of a kind
 
     void take(const atlas_frame & kind, void * dst, size_t size);
 
@@ -112,8 +115,8 @@ public:
 
     std::string error;
 
-    // a number of the header, 0..max
-    static int64_t number(const common_json & x, int64_t max);
+    // a number of the header, min..max
+    static int64_t number(const common_json & x, int64_t max = INT64_MAX, int64_t min = 0);
 
 private:
     atlas_file_ptr f;

@@ -355,10 +355,15 @@ std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::s
         }
         const json & about = r.header.at("session");
         const int64_t n_tokens = atlas_reader::number(about.at("n_tokens"), LLAMA_ATLAS_MAX_TOKENS);
-        session.last    = about.at("last").get<int32_t>();
+        session.last    = atlas_reader::number(about.at("last"), INT32_MAX, LLAMA_TOKEN_NULL);
         session.created = about.at("created").get<int64_t>();
 
         const atlas_frame kind = atlas_frame::tokens();
+        // every token has had its cells; a file that claims far more tokens than bytes wants to fill the memory
+        if (r.raw_size(kind) != 4*(size_t) n_tokens || (uint64_t) n_tokens/16 > r.size) {
+            throw atlas_corrupt("the number of tokens is wrong");
+        }
+        session.tokens.reserve(n_tokens);
         const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
         for (int64_t i = 0; i < n_tokens; ++i) {
             uint8_t token[4];
@@ -438,7 +443,7 @@ json common_atlas_store::describe(const std::string & path) const {
         res["model"]      = r.header.at("model").value("description", "unknown");
         res["cells"]      = r.header.at("params").at("cells").get<int64_t>();
         res["window"]     = r.header.at("params").at("window").get<int64_t>();
-        res["bytes"]      = r.header.at("bytes").get<int64_t>();
+        res["bytes"]      = r.size;
         res["raw"]        = r.header.at("raw").get<int64_t>();
         res["frames"]     = r.n_frames();
         res["compatible"] = hash == model_hash;

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,25 +48,24 @@ def text_with_facts(
     """
     rng = random.Random(seed)
     at, read = rng.randrange(len(filler)), 0
-    chosen: list[tuple[str, int]] = []
+    starts, chosen = [], []
     while read < length - 24 * len(KINDS):  # which is for the facts
+        starts.append(read)
         chosen.append(filler[(at + len(chosen)) % len(filler)])
         read += chosen[-1][1]
     taken: set[str] = set()
     who = {kind: rng.sample(NAMES, KINDS.count(kind)) for kind in dict.fromkeys(KINDS)}
     facts = [(kind, *fact(kind, who[kind].pop(), rng, taken)) for kind in KINDS]
     rng.shuffle(facts)
-    places = sorted(rng.uniform(0, read - nearest) for _ in facts)
-    text, read, questions = "", 0, []
+    before = Counter(rng.choices([n for n, start in enumerate(starts) if read - start > nearest], k=len(facts)))
+    text, questions = "", []
     behind: list[tuple[int, Question]] = []
-    for paragraph, tokens in chosen:
-        while places and places[0] <= read:
-            places.pop(0)
+    for number, (paragraph, _) in enumerate(chosen):
+        for _ in range(before[number]):
             kind, start, answer, wrong = facts.pop()
             text += f"{start} {answer}.\n\n"
             behind.append((len(text), Question("", kind, start, answer, wrong, 0)))
         text += paragraph + "\n\n"
-        read += tokens
     whole = running.tokens(text)
     for end, question in behind:
         distance = len(running.tokens(text[end:]))

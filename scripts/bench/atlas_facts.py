@@ -40,22 +40,28 @@ class Text:
 
 
 def text_with_facts(
-    name: str, running: MemoryServer, seed: int, filler: list[tuple[str, int]], length: int, nearest: int
+    running: MemoryServer,
+    name: str,
+    seed: int,
+    filler: list[tuple[str, int]],
+    length: int,
+    nearest: int,
+    kinds: tuple[str, ...] = KINDS,
 ) -> Text:
     """Return a text of about `length` tokens made from paragraphs of `filler` (text, tokens).
 
-    All KINDS of facts are in it at random places, more than `nearest` tokens before its end.
+    Facts of all `kinds` are in it at random places, more than `nearest` tokens before its end.
     """
     rng = random.Random(seed)
     at, read = rng.randrange(len(filler)), 0
     starts, chosen = [], []
-    while read < length - 24 * len(KINDS):  # which is for the facts
+    while read < length - 24 * len(kinds):  # which is for the facts
         starts.append(read)
         chosen.append(filler[(at + len(chosen)) % len(filler)])
         read += chosen[-1][1]
     taken: set[str] = set()
-    who = {kind: rng.sample(NAMES, KINDS.count(kind)) for kind in dict.fromkeys(KINDS)}
-    facts = [(kind, *fact(kind, who[kind].pop(), rng, taken)) for kind in KINDS]
+    who = {kind: rng.sample(NAMES, kinds.count(kind)) for kind in dict.fromkeys(kinds)}
+    facts = [(kind, *fact(kind, who[kind].pop(), rng, taken)) for kind in kinds]
     rng.shuffle(facts)
     before = Counter(rng.choices([n for n, start in enumerate(starts) if read - start > nearest], k=len(facts)))
     text, questions = "", []
@@ -155,7 +161,7 @@ def main() -> int:
         with MemoryServer(server, given.model, folder, *words) as running:
             filler = paragraphs(running, spec, sum(given.lengths))
             texts = [
-                text_with_facts(f"text{number}", running, given.seed * 1000 + number, filler, length, given.cells)
+                text_with_facts(running, f"text{number}", given.seed * 1000 + number, filler, length, given.cells)
                 for number, length in enumerate(given.lengths)
             ]
             for text in texts:

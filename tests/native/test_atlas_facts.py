@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts" / "bench"))
@@ -15,22 +14,23 @@ from atlas_recall import check_candidates, paragraphs
 from atlas_server import MemoryServer, workplace
 
 TEXT = Path(__file__).parents[1] / "data" / "text.txt"
-WORDS = ["-c", "512", "-np", "1", "-t", "1"]
+WORDS = ["-c", "256", "-np", "1", "-t", "1"]
+KINDS = ("code", "code", "city", "city", "city", "item", "item", "item")
 
 
 def test_facts_outlive_a_restart(native_server: Path, smollm2: Path) -> None:
     with workplace() as folder:
         with MemoryServer(native_server, smollm2, folder, *WORDS) as running:
             filler = paragraphs(running, f"{TEXT}:0", 1500)
-            text = atlas_facts.text_with_facts("text", running, 1, filler, 1500, 512)
+            text = atlas_facts.text_with_facts(running, "text", 1, filler, 640, 256, KINDS)
             check_candidates(running, text.questions)
-        assert len(text.questions) == 20
-        assert min(question.distance for question in text.questions) > 448
-        few = [replace(text, questions=text.questions[::3])]
-        right = {}
+        assert sorted(question.kind for question in text.questions) == sorted(KINDS)
+        assert min(question.distance for question in text.questions) > 192
+        likeliest = {}
         for mode, cells in (("atlas", []), ("window", ["--atlas-cells", "0"])):
             # it raises when a question changes the session's file
-            (answers,) = atlas_facts.with_sessions(native_server, smollm2, folder, [*WORDS, *cells], few, mode)
-            assert len(answers) == 7
-            right[mode] = sum(answer["likeliest"] for answer in answers)
-        assert right["atlas"] > right["window"]
+            words = [*WORDS, *cells]
+            (answers,) = atlas_facts.with_sessions(native_server, smollm2, folder, words, [text], mode)
+            assert len(answers) == len(KINDS)
+            likeliest[mode] = sum(answer["likeliest"] for answer in answers)
+        assert likeliest["atlas"] > likeliest["window"]

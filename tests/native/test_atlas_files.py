@@ -56,3 +56,11 @@ def test_what_is_measured_fits_the_file(running: MemoryServer) -> None:
     assert (row["tokens"], row["stored"]) == (len(PROMPT), path.stat().st_size)
     assert row["raw"] > len(PROMPT) * atlas_files.kv_bytes(running.memory.parent / "tiny.gguf", "f16")
     assert set(atlas_files.latencies(running, 2)) == {"disabled", "enabled", "session"}
+
+
+def test_a_session_can_be_saved_again_at_once(running: MemoryServer) -> None:
+    running.want(running.complete(PROMPT, 1, memory_file="book"))
+    for _ in range(100):
+        atlas_files.save(running, "book")
+        saved = running.want(running.complete([70], 1, memory_file="book", append=True))["atlas"]["saved"]
+        assert "bytes" in saved, saved

@@ -77,6 +77,51 @@ async def test_window_and_blend_of_a_request(start, smollm2, folder):
         assert (status, answer["error"]["type"], answer["error"]["param"]) == (400, "atlas_parameter_error", param)
 
 
+async def blocks(running, path: str, body: dict) -> list[dict]:
+    """Ask with and without a stream, and return the answers' blocks, which have the same place in both."""
+    found = []
+    for stream in (False, True):
+        async with running.http.post(running.url + path, json={**body, "stream": stream}) as response:
+            lines = (await response.text()).splitlines()
+        assert response.status == 200, lines
+        events = (
+            [json.loads(line[6:]) for line in lines if line.startswith("data: {")] if stream else [json.loads(lines[0])]
+        )
+        holders = [event.get("response", event) for event in events]
+        found += [holder["atlas"] for holder in holders if "atlas" in holder]
+    assert len(found) == 2
+    return found
+
+
+async def test_sessions_in_other_dialects(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    greedy = {"temperature": 0, "top_k": 1}
+    body = {"input": "Hi", "max_output_tokens": 4, **greedy, "atlas": {"memory_file": "responses"}}
+    first, second = await blocks(running, "/v1/responses", body)
+    assert (first["memory_file"], second["memory_file"]) == ("responses", "responses")
+    assert set(first) - {"saved"} == FIELDS and first["tokens_seen"] < second["tokens_seen"]
+    body = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 4,
+        **greedy,
+        "atlas": {"memory_file": "messages"},
+    }
+    first, second = await blocks(running, "/v1/messages", body)
+    assert (first["memory_file"], second["memory_file"]) == ("messages", "messages")
+    assert set(first) - {"saved"} == FIELDS and first["tokens_seen"] < second["tokens_seen"]
+    assert {file.name for file in folder.rglob("*.atlas")} >= {"responses.atlas", "messages.atlas"}
+    for path in ("/v1/responses", "/v1/messages"):
+        wrong = {
+            "input": "Hi",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1,
+            "atlas": {"file": "x"},
+        }
+        async with running.http.post(running.url + path, json=wrong) as response:
+            answer = await response.json()
+        assert response.status == 400 and "atlas" in answer["error"]["message"]
+
+
 async def test_config(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder))
     await complete(running, "Hi", tokens=1)

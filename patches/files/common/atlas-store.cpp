@@ -39,12 +39,15 @@ struct atlas_lock {
 #endif
     }
     atlas_lock(const atlas_lock &) = delete;
-    ~atlas_lock() {
+    ~atlas_lock() { release(); }
+
+    void release() {
 #ifndef _WIN32
         if (fd >= 0) {
             close(fd);
         }
 #endif
+        fd = -1;
     }
     int fd = -1;
 };
@@ -291,6 +294,12 @@ std::shared_ptr<common_atlas_saving> common_atlas_store::save_begin(const std::s
 }
 
 json common_atlas_store::save_end(common_atlas_saving & saving, const std::vector<std::string> & keep) const {
+    // whoever hears of the end may save it again
+    struct unlock {
+        atlas_lock & lock;
+        ~unlock() { lock.release(); }
+    } unlock { saving.lock };
+
     const std::string target = path(saving.name);
     const std::string temp   = target + ".tmp";
     try {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = {"atlas": {"enabled": "on", "archive_max_mb": 512}, "performance": {"context_size": 512, "threads": 2}}
+SECTIONS = {"atlas": {"enabled": "on", "archive_max_mb": 512}, "performance": {"context_size": 512, "threads": 1}}
 
 
 def slots(count: int) -> dict[str, object]:
@@ -58,7 +58,7 @@ async def test_answer_goes_on_past_the_context(start, smollm2):
 
 
 async def test_slots_do_not_disturb_each_other(start, smollm2, text):
-    sections = SECTIONS | {"performance": {"context_size": 1024, "threads": 2}}
+    sections = SECTIONS | {"performance": {"context_size": 1024, "threads": 1}}
     running = await start({"small": smollm2}, models=slots(2), **sections)
     prompts = [text[:4000], text[4000:8000]]
     together = await asyncio.gather(*(complete(running, prompt) for prompt in prompts))

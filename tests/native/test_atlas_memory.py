@@ -32,7 +32,7 @@ def sections(folder: Path, *args: str, slots: int = 1, context: int = 512) -> di
     own = ["--parallel", str(slots), "--atlas-memory-dir", str(folder), *args]
     return {
         "atlas": {"enabled": "on", "archive_max_mb": 512},
-        "performance": {"context_size": context * slots, "threads": 2},
+        "performance": {"context_size": context * slots, "threads": 1},
         "models": {"overrides": {"small": {"args": own}}},
     }
 

@@ -23,7 +23,7 @@ async def world(start, smollm2, short_tmp: Path) -> Any:
     found.running = await start(
         {"small": smollm2},
         atlas={"enabled": "on"},
-        performance={"context_size": 1024, "parallel": 2, "threads": 2},
+        performance={"context_size": 1024, "parallel": 2, "threads": 1},
         api={"keys_file": found.path, "require_keys": True},
     )
     return found

@@ -96,7 +96,7 @@ async def blocks(running, path: str, body: dict) -> list[dict]:
 async def test_sessions_in_other_dialects(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder))
     greedy = {"temperature": 0, "top_k": 1}
-    body = {"input": "Hi", "max_output_tokens": 4, **greedy, "atlas": {"memory_file": "responses"}}
+    body = {"input": "Hi", "max_output_tokens": 4, **greedy, "atlas": {"memory_file": "responses", "append": True}}
     first, second = await blocks(running, "/v1/responses", body)
     assert (first["memory_file"], second["memory_file"]) == ("responses", "responses")
     assert set(first) - {"saved"} == FIELDS and first["tokens_seen"] < second["tokens_seen"]
@@ -104,7 +104,7 @@ async def test_sessions_in_other_dialects(start, smollm2, folder):
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 4,
         **greedy,
-        "atlas": {"memory_file": "messages"},
+        "atlas": {"memory_file": "messages", "append": True},
     }
     first, second = await blocks(running, "/v1/messages", body)
     assert (first["memory_file"], second["memory_file"]) == ("messages", "messages")

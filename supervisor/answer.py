@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+from time import monotonic
 from typing import Final
 
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.helpers import rfc822_formatted_time
 
+from supervisor.request_id import HEADER as ID_HEADER
+from supervisor.request_id import id_of
 from supervisor.upstream import Connection
 
 HOP_BY_HOP: Final = frozenset(
@@ -24,6 +28,7 @@ HOP_BY_HOP: Final = frozenset(
         "content-length",
         "expect",
         "x-atlas-owner",
+        "x-request-id",
     )
 )
 """Headers that belong to one connection (RFC 9110, 7.6.1), and those that each side sets anew or we alone may set."""
@@ -47,6 +52,9 @@ class Answer(web.StreamResponse):
         length = header(connection.headers, "content-length")
         has_body = request.method != "HEAD" and connection.status not in _BODILESS
         self.begun = False
+        self.first_at: float | None = None  # on the monotonic clock
+        self.head = b""
+        self.tail: deque[bytes] = deque(maxlen=4)  # the last events tell what it took
         self._request = request
         self._transport = request.transport
         self._stays = request.keep_alive
@@ -58,6 +66,7 @@ class Answer(web.StreamResponse):
         lines += [f"{name}: {value}" for name, value in forwardable(connection.headers)]
         if header(connection.headers, "date") is None:
             lines.append(f"Date: {rfc822_formatted_time()}")
+        lines.append(f"{ID_HEADER}: {id_of(request)}")
         if self._in_chunks:
             lines.append("Transfer-Encoding: chunked")
         elif length is not None and connection.status not in _BODILESS:
@@ -73,6 +82,11 @@ class Answer(web.StreamResponse):
 
     def send(self, data: bytes, last: bool) -> bool:
         """Send the head if need be, then `data`, then the end if it is the `last`. False: wait for `drain`."""
+        if data:
+            if self.first_at is None:
+                self.first_at = monotonic()
+                self.head = data
+            self.tail.append(data)
         if self._in_chunks:
             if data:
                 data = b"%x\r\n%b\r\n" % (len(data), data)

@@ -10,7 +10,6 @@ import ipaddress
 import logging
 import os
 import signal
-import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,10 +19,12 @@ from urllib.parse import urlsplit
 import platformdirs
 from aiohttp import web
 
+from supervisor import logs
 from supervisor.access import Access
 from supervisor.config import Config
 from supervisor.errors import MethodNotAllowed, ModelNotFound, NotFound, SupervisorError
 from supervisor.fleet import Fleet
+from supervisor.metrics import METRICS
 from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
 from supervisor.routes import admin, atlas, gate, models, streams
@@ -57,9 +58,9 @@ async def unrouted(request: web.Request) -> web.StreamResponse:
         if resource is not request.match_info.route.resource:
             allowed |= (await resource.resolve(request))[1]
     if not allowed:
-        return error_response(request.path, NotFound("File Not Found"))
+        return error_response(request, NotFound("File Not Found"))
     names = ", ".join(sorted(allowed))
-    response = error_response(request.path, MethodNotAllowed(f"{request.path} takes {names}"))
+    response = error_response(request, MethodNotAllowed(f"{request.path} takes {names}"))
     response.headers["Allow"] = names
     return response
 
@@ -70,6 +71,7 @@ def make_app(settings: Settings, catalog: Catalog, fleet: Fleet, access: Access)
     app = web.Application(client_max_size=limit, middlewares=[gate.middleware(access)])
     app[ACCESS] = access
     app[CATALOG], app[FLEET], app[SETTINGS] = catalog, fleet, settings
+    app[METRICS] = fleet.metrics
     app[CONVERSATIONS] = OrderedDict()
     native_routes.add(app)
     atlas.add(app)
@@ -199,12 +201,7 @@ def log_folder(config: Config) -> Path | None:
 
 def run(settings: Settings) -> int:
     """Run until SIGTERM, SIGINT or SIGHUP and return the exit code: 0 after a clean stop, 1 when it could not start."""
-    logging.basicConfig(
-        level=settings.config.logging.level.upper(),
-        format="%(asctime)s %(levelname)-7s %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logs.set_up(settings.config.logging)
     try:
         import uvloop  # noqa: PLC0415 (optional)
     except ImportError:

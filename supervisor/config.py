@@ -197,13 +197,14 @@ class ApiSection(Section):
 class MonitoringSection(Section):
     """What is measured."""
 
-    child_metrics: bool = Field(True, description="Start children with --metrics, so that /metrics answers.")
+    child_metrics: bool = Field(True, description="Start children with --metrics, so that /metrics has theirs too.")
 
 
 class LoggingSection(Section):
     """Where the supervisor's own log and its children's logs go."""
 
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level shown.")
+    format: Literal["text", "json"] = Field("text", description="Lines of text, or JSON objects for programs.")
     directory: Path | None = Field(None, description="Folder of the children's logs; default: the user's state folder.")
     max_mb: float = Field(
         16, gt=0, le=65536, allow_inf_nan=False, description="Size at which a child's log is rotated, in MiB."

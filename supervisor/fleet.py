@@ -7,7 +7,9 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from supervisor import atlas_folder, atlas_support, plan
@@ -15,6 +17,7 @@ from supervisor.child import Child, describe_exit
 from supervisor.childlog import TAIL_LINES, ChildLog, file_name
 from supervisor.config import Config
 from supervisor.errors import ChildFailed, ModelNotFound, StartFailed, SupervisorError
+from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
 from supervisor.runtime import Runtime
 from supervisor.scheduler import OCCUPYING, Decision, Entry, Grant, Limits, Refuse, Scheduler, Start, State, Stop
@@ -26,18 +29,27 @@ log = logging.getLogger(__name__)
 EVENT_QUEUE = 1000
 """Events held for a slow listener before it loses some."""
 
+GRACE = 2.0
+"""Seconds by which something may be late before it counts as a problem."""
+
 Event = dict[str, Any]
 
 
 class Lease:
-    """The right to use a model's child for one request. `release` it exactly when the request ends."""
+    """The right to use a model's child for one request. `release` it exactly when the request ends.
 
-    __slots__ = ("_fleet", "_ticket", "child")
+    `asked_at` and `granted_at` are on the monotonic clock; `series` counts the request.
+    """
 
-    def __init__(self, fleet: Fleet, ticket: int, child: Child) -> None:
+    __slots__ = ("_fleet", "_ticket", "asked_at", "child", "granted_at", "series")
+
+    def __init__(self, fleet: Fleet, ticket: int, child: Child, asked_at: float) -> None:
         self._fleet = fleet
         self._ticket = ticket
         self.child = child
+        self.asked_at = asked_at
+        self.granted_at = monotonic()
+        self.series: ModelSeries = fleet.metrics.of(child.model)
 
     def release(self, *, ok: bool = True) -> None:
         """Give the right back; `ok` says that the child answered. A second call does nothing."""
@@ -66,6 +78,8 @@ class Fleet:
         self.binary = binary
         self._log_folder = log_folder
         self.patches = patches
+        self.metrics = Metrics()
+        self.metrics.registry.register(FleetCollector(self))
         self.binary_version: native.ServerVersion | None = None
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
@@ -84,9 +98,10 @@ class Fleet:
         Raises the `SupervisorError` that says why there is none. Cancelling the wait gives the place up.
         """
         ticket = next(self._tickets)
+        asked_at = monotonic()
         decisions = self.scheduler.request(ticket, model, self._now(), start=start)
         if decisions == [Grant(ticket, model)]:  # nearly always: no need to wait
-            return self._lease(ticket, model)
+            return self._lease(ticket, model, asked_at)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
         self._apply(decisions)
@@ -101,14 +116,14 @@ class Fleet:
             raise
         finally:
             self._waiting.pop(ticket, None)
-        return self._lease(ticket, model)
+        return self._lease(ticket, model, asked_at)
 
-    def _lease(self, ticket: int, model: str) -> Lease:
+    def _lease(self, ticket: int, model: str, asked_at: float) -> Lease:
         child = self.children.get(model)
         if child is None:  # it died between the grant and now
             self.release(ticket, ok=False)
             raise ChildFailed(f"model {model!r} went away before it answered")
-        return Lease(self, ticket, child)
+        return Lease(self, ticket, child, asked_at)
 
     def release(self, ticket: int, *, ok: bool) -> None:
         """See `Lease.release`."""
@@ -119,6 +134,20 @@ class Fleet:
     def running(self) -> list[str]:
         """Return the ids of the models that can answer now, the first loaded first."""
         return self.scheduler.running()
+
+    def problems(self) -> list[str]:
+        """Return what shows that models are no longer started and stopped as they must be; empty when all is well."""
+        now = self._now()
+        found = self.scheduler.overdue(now - GRACE)
+        if self._timer is None and self.scheduler.next_tick(now) is not None:
+            found.append("nothing wakes the scheduler when its next decision is due")
+        work = {task.get_name() for task in self._tasks}
+        for entry in self.scheduler.entries.values():
+            if (entry.state is State.STARTING and _name("run", entry.model) not in work) or (
+                entry.state is State.STOPPING and _name("stop", entry.model) not in work
+            ):
+                found.append(f"nobody looks after model {entry.model!r}, which is {entry.state}")
+        return found
 
     # For people
 
@@ -197,13 +226,13 @@ class Fleet:
                 case Start(model):
                     self._gone.clear()
                     self._publish(model, "model_status", {"status": "loading"})
-                    self._spawn(self._run(model))
+                    self._spawn(self._run(model), _name("run", model))
                 case Stop(model, reason):
                     log.info("model %s: stopping (%s)", model, reason)
                     self._publish(model, "model_status", {"status": "unloading"})
                     if child := self.children.get(model):
                         child.stopping = True
-                    self._spawn(self._stop(model))
+                    self._spawn(self._stop(model), _name("stop", model))
         self._arm()
 
     def _settle(self, ticket: int, error: SupervisorError | None) -> None:
@@ -226,7 +255,7 @@ class Fleet:
             self._timer.cancel()
             self._timer = None
         if due is not None:
-            self._timer = asyncio.get_running_loop().call_at(due, self._tick)
+            self._timer = asyncio.get_running_loop().call_at(due, self._tick, context=Context())
 
     def _tick(self) -> None:
         self._timer = None
@@ -245,10 +274,12 @@ class Fleet:
             log.info("model %s: llama-server %d starting", model, pid)
             running = child
             await child.until_ready(self.config.models.load_stall_seconds, lambda: self._publish_progress(running))
-            log.info("model %s: ready after %.2f s", model, self._now() - began)
+            took = self._now() - began
+            self.metrics.load.labels(model).observe(took)
+            log.info("model %s: ready after %.2f s", model, took)
             self._publish(model, "model_status", {"status": "loaded", "info": child.info})
             self._apply(self.scheduler.ready(model, self._now()))
-            self._spawn(self._get_to_know(child))
+            self._spawn(self._get_to_know(child), _name("get to know", model))
             code = await child.wait()
             if not child.stopping:
                 raise child.failure(f"llama-server {describe_exit(code)}")
@@ -365,8 +396,8 @@ class Fleet:
                 queue.get_nowait()
             queue.put_nowait(message)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name, context=Context())  # not that of the request which led to it
         self._tasks.add(task)
         task.add_done_callback(self._finished)
 
@@ -397,6 +428,11 @@ class Fleet:
             "pinned": entry.pinned,
             "patches": child.patches if child else None,
         }
+
+
+def _name(work: str, model: str) -> str:
+    """Return the name of a task, by which `problems` finds out whether it goes on."""
+    return f"{work} {model}"
 
 
 def limits(config: Config, binary: Path | None) -> Limits:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from http import HTTPStatus
+from time import monotonic
 
 from aiohttp import web
 
@@ -17,12 +18,15 @@ from supervisor.access import CREDENTIALS, OWNER_HEADER, Caller, caller_of
 from supervisor.answer import HOP_BY_HOP, Answer, Headers, forwardable
 from supervisor.errors import ChildFailed, SupervisorError
 from supervisor.fleet import Lease
+from supervisor.metrics import METRICS
+from supervisor.request_id import HEADER as ID_HEADER
+from supervisor.request_id import id_of
 from supervisor.upstream import Connection, UpstreamClosed
-from supervisor.usage import BYTES_PER_TOKEN, Meter
+from supervisor.usage import BYTES_PER_TOKEN, EDGE, Meter, Tokens, told
 
 log = logging.getLogger(__name__)
 
-_NOT_FOR_CHILDREN = HOP_BY_HOP | {OWNER_HEADER.lower()}
+_NOT_FOR_CHILDREN = HOP_BY_HOP | {OWNER_HEADER.lower(), ID_HEADER.lower()}
 _NOT_WITH_KEYS = _NOT_FOR_CHILDREN | CREDENTIALS
 
 _ANTHROPIC_TYPES = {
@@ -47,13 +51,18 @@ async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamRe
     then stops generating.
     """
     connection: Connection | None = None
+    answer: Answer | None = None
     caller = caller_of(request)
     account = _Account(caller, request.path, len(body)) if caller is not None and caller.counts_tokens else None
+    status = CLIENT_LEFT
     ok = False
     try:
         connection = await _ask(request, body, lease, _headers(request, caller))
+        answer = Answer(request, connection)
+        status = connection.status
         ok = True
-        return await _answer(request, connection, account)
+        await _pour(connection, answer, account)
+        return answer
     except asyncio.CancelledError:
         if account is not None:
             account.left()
@@ -61,17 +70,40 @@ async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamRe
     except _Broken as broken:
         ok = False
         error = ChildFailed(await _last_words(lease, broken.reason))
-        if broken.answer is None:
+        if answer is None or not answer.begun:
+            status = error.status
             raise error from broken
         log.error("stream of %s ends: %s", request.path, error.message)
-        broken.answer.break_off(error_event(request.path, error))
-        return broken.answer
+        count_error(request, error)
+        answer.break_off(error_event(request.path, error))
+        return answer
     finally:
         if connection is not None:
             lease.child.pool.release(connection)
         lease.release(ok=ok)
         if account is not None:
             account.settle()
+        _count(request, lease, status, answer)
+
+
+CLIENT_LEFT = 499
+"""What is counted where a client left before its answer began."""
+
+
+def _count(request: web.Request, lease: Lease, status: int, answer: Answer | None) -> None:
+    """Count a request that has ended, and log it for those who want every one."""
+    now = monotonic()
+    route = request.match_info.route.resource
+    tokens, first = Tokens(), None
+    if answer is not None and answer.first_at is not None and status == HTTPStatus.OK:
+        tokens = told(answer.head[:EDGE], b"".join(answer.tail)[-EDGE:])
+        first = answer.first_at - lease.asked_at if answer.is_events else None
+    took = now - lease.asked_at
+    name = route.canonical if route is not None else ""
+    waited = lease.granted_at - lease.asked_at
+    lease.series.count(name, status, waited=waited, took=took, first=first, tokens=tokens)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s %s: %d from model %s after %.3f s", request.method, name, status, lease.child.model, took)
 
 
 class _Account:
@@ -103,11 +135,10 @@ class _Account:
 
 
 class _Broken(Exception):
-    """The child failed: before the answer began, or in the middle of `answer`."""
+    """The child failed, before the answer began or in the middle of it."""
 
-    def __init__(self, reason: Exception, answer: Answer | None = None) -> None:
+    def __init__(self, reason: Exception) -> None:
         self.reason = reason
-        self.answer = answer
 
 
 def _headers(request: web.Request, caller: Caller | None) -> Headers:
@@ -115,11 +146,13 @@ def _headers(request: web.Request, caller: Caller | None) -> Headers:
     dropped = _NOT_FOR_CHILDREN if caller is None and request.method != "OPTIONS" else _NOT_WITH_KEYS
     if _inflated(request):
         dropped |= {"content-encoding"}
-    if caller is None:
-        return forwardable(request.headers.items(), dropped)
-    if caller.counts_tokens:
+    if caller is not None and caller.counts_tokens:
         dropped |= {"accept-encoding"}
-    return [*forwardable(request.headers.items(), dropped), (OWNER_HEADER, caller.owner)]
+    headers = forwardable(request.headers.items(), dropped)
+    headers.append((ID_HEADER, id_of(request)))
+    if caller is not None:
+        headers.append((OWNER_HEADER, caller.owner))
+    return headers
 
 
 async def _ask(request: web.Request, body: bytes, lease: Lease, headers: Headers) -> Connection:
@@ -143,9 +176,8 @@ async def _ask(request: web.Request, body: bytes, lease: Lease, headers: Headers
             raise
 
 
-async def _answer(request: web.Request, connection: Connection, account: _Account | None) -> Answer:
+async def _pour(connection: Connection, answer: Answer, account: _Account | None) -> None:
     """Send the child's answer to the client as it comes. Raises `_Broken`."""
-    answer = Answer(request, connection)
     meter = account.meter_of(answer) if account is not None else None
     send = answer.send if meter is None else meter.send
     try:
@@ -153,8 +185,7 @@ async def _answer(request: web.Request, connection: Connection, account: _Accoun
             await answer.drain()
         await answer.drain()
     except UpstreamClosed as error:
-        raise _Broken(error, answer if answer.begun else None) from error
-    return answer
+        raise _Broken(error) from error
 
 
 def is_anthropic(path: str) -> bool:
@@ -176,14 +207,24 @@ def error_event(path: str, error: SupervisorError) -> bytes:
     return name + b"data: " + json.dumps(error_body(path, error)).encode() + b"\n\n"
 
 
-def error_response(path: str, error: SupervisorError) -> web.Response:
-    """Return the HTTP answer for `error`."""
-    headers = {}
+def count_error(request: web.Request, error: SupervisorError) -> None:
+    """Count an error of ours."""
+    metrics = request.app.get(METRICS)
+    if metrics is not None:
+        metrics.errors.labels(error.code or error.type).inc()
+
+
+def error_response(request: web.Request, error: SupervisorError) -> web.Response:
+    """Return the HTTP answer for `error`; those that are no fault of the client's are logged."""
+    count_error(request, error)
+    headers = {ID_HEADER: id_of(request)}
+    if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.warning("%s %s: %d: %s", request.method, request.path, error.status, error.message.partition("\n")[0])
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    return web.json_response(error_body(path, error), status=error.status, headers=headers)
+    return web.json_response(error_body(request.path, error), status=error.status, headers=headers)
 
 
 def _inflated(request: web.Request) -> bool:

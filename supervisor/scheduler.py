@@ -114,7 +114,11 @@ class Entry:
     drain_until: float = inf  # a draining child is cut then
     failures: int = 0  # in a row
     retry_at: float = -inf
-    restarts: int = 0
+    restarts: int = 0  # it died after it was ready; this and the next four count since the supervisor began
+    starts: int = 0
+    start_failures: int = 0
+    made_room: int = 0
+    idled_out: int = 0
     error: SupervisorError | None = None
 
     def oldest(self) -> float:
@@ -254,6 +258,7 @@ class Scheduler:
         steps = entry.failures - 1 if was is State.STARTING else entry.failures - 2
         entry.retry_at = now + (min(MAX_BACKOFF, 2.0**steps) if steps >= 0 else 0.0)
         if was is State.STARTING:
+            entry.start_failures += 1
             return self._refuse_all(entry, _again(error, entry.retry_at - now)) + self._schedule(now)
         entry.restarts += 1
         return self._schedule(now)
@@ -280,6 +285,7 @@ class Scheduler:
             if entry.state is State.DRAINING and now >= entry.drain_until:
                 decisions += self._stop(entry, "drain time over")
             elif self._idle_until(entry) <= now:
+                entry.idled_out += 1
                 decisions += self._stop(entry, "idle")
         return decisions + self._schedule(now)
 
@@ -312,6 +318,21 @@ class Scheduler:
 
     # Views
 
+    def overdue(self, now: float) -> list[str]:
+        """Return what should have happened by now and did not; empty as long as events and ticks come as they must."""
+        found = []
+        free = self._free() if not self.closing else 0
+        for entry in self.entries.values():
+            if entry.oldest() + self.limits.queue_timeout <= now:
+                found.append(
+                    f"a request for model {entry.model!r} waits for longer than inference.queue_timeout_seconds"
+                )
+            if entry.state is State.DRAINING and entry.drain_until <= now:
+                found.append(f"model {entry.model!r} still drains though its time is over")
+            if free and self._wants_start(entry, now):
+                found.append(f"model {entry.model!r} could start and does not")
+        return found
+
     def entry(self, model: str) -> Entry:
         """Return what is known of `model`, making a blank entry the first time."""
         entry = self.entries.get(model)
@@ -337,6 +358,7 @@ class Scheduler:
         due = [entry for entry in due if self._wants_start(entry, now)]  # some may have been refused
         for entry in due[: self._free()]:
             entry.state = State.STARTING
+            entry.starts += 1
             decisions.append(Start(entry.model))
         return decisions
 
@@ -345,7 +367,9 @@ class Scheduler:
         candidates = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
         idle = [e for e in candidates if not e.leases]
         if idle:
-            return self._stop(min(idle, key=lambda e: e.last_used), f"making room for {entry.model}")
+            victim = min(idle, key=lambda e: e.last_used)
+            victim.made_room += 1
+            return self._stop(victim, f"making room for {entry.model}")
         if sum(e.pinned for e in self.entries.values() if e.state in STAYING) >= self.limits.max_loaded:
             entry.wanted = False
             message = f"model {entry.model!r} cannot be loaded: all {self.limits.max_loaded} running are pinned"
@@ -353,6 +377,7 @@ class Scheduler:
         patient = [e for e in candidates if self._patience_ends(entry, e) <= now]
         if patient:
             victim = min(patient, key=lambda e: e.last_used)
+            victim.made_room += 1
             return self._retire(victim, now, f"making room for {entry.model}")
         return []
 

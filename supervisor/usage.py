@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 from supervisor.upstream import Write
 
@@ -28,6 +28,42 @@ _SILENT: Final = frozenset(("/embedding", "/embeddings", "/rerank", "/reranking"
 _NUMBER = re.compile(rb'"(\w+)":\s?(\d{1,12})(?!\d)')
 
 Numbers = dict[bytes, int]
+
+
+class Tokens(NamedTuple):
+    """What an answer took: tokens of the prompt that were computed, those taken from the cache, and generated ones."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+
+
+def told(head: bytes, tail: bytes) -> Tokens:
+    """Return what an answer tells at its beginning or its end; nothing where it does not.
+
+    For the metrics: it must cost next to nothing, so what stands in the middle of a long answer is not found.
+    """
+    for text, name in ((tail, b'"timings":'), (head, b'"timings":'), (tail, b'"usage":'), (head, b'"usage":')):
+        if name in text and (found := _objects(text, name)):
+            numbers = found[-1]
+            if b"output_tokens" in numbers and b"input_tokens" not in numbers:  # see `_of_stream`
+                numbers = next(iter(_objects(head, name)), {}) | numbers
+            return _parts(numbers)
+    return Tokens()
+
+
+def _parts(numbers: Numbers) -> Tokens:
+    """Return the tokens in a `timings` or `usage` object; OpenAI counts cached ones in the prompt, others do not."""
+    get = numbers.get
+    if b"prompt_tokens" in numbers:
+        cached = get(b"cached_tokens", 0)
+        return Tokens(max(0, numbers[b"prompt_tokens"] - cached), cached, get(b"completion_tokens", 0))
+    if b"output_tokens" in numbers:
+        if b"total_tokens" in numbers:  # of /v1/responses
+            cached = get(b"cached_tokens", 0)
+            return Tokens(max(0, get(b"input_tokens", 0) - cached), cached, numbers[b"output_tokens"])
+        return Tokens(get(b"input_tokens", 0), get(b"cache_read_input_tokens", 0), numbers[b"output_tokens"])
+    return Tokens(get(b"prompt_n", 0), get(b"cache_n", 0), get(b"predicted_n", 0))
 
 
 class Meter:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from aiohttp import web
+from prometheus_client import Counter, Histogram
 
 from supervisor import errors
+from supervisor.metrics import FleetCollector, Metrics
 from supervisor.routes import admin, atlas, models, native, streams
+from supervisor.scheduler import Limits, Scheduler
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -38,6 +42,22 @@ def test_every_error_code_is_documented():
     for kind in kinds:
         if kind.code:
             assert re.search(rf"\| {kind.status} \| `{kind.code}` \|", text), kind
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists():
+    documented = dict(
+        re.findall(r"^\| `(llama_supervisor_\w+)` \| ([^|]*) \|", (DOCS / "api.md").read_text(), re.MULTILINE)
+    )
+    made = Metrics()
+    fleet = SimpleNamespace(scheduler=Scheduler(Limits()), children={})
+    made.registry.register(FleetCollector(fleet))
+    there = {one.name + ("_total" if one.type == "counter" else "") for one in made.registry.collect()}
+    there = {name for name in there if not name.startswith("process_")} | {"llama_supervisor_model_scraped"}
+    assert documented.keys() == there
+    for name, counter in vars(made).items():
+        if isinstance(counter, Counter | Histogram):
+            labels = ", ".join(f"`{label}`" for label in counter._labelnames)
+            assert labels in documented.values(), name
 
 
 def test_local_links_lead_somewhere():

@@ -68,7 +68,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     utils.ServerProcess.start = start_and_wait
     get = requests.get
-    requests.get = lambda url, **options: picture(url) if "//huggingface.co/" in url else get(url, **options)
+    requests.get = lambda url, **options: picture(url) if "//huggingface.co/" in url else get(plain(url), **options)
+
+
+def plain(url: str) -> str:
+    """Return `url`; that of the metrics with a model, for without one a supervisor adds its own and labels."""
+    return url + "?model=auto" if url.endswith("/metrics") else url
 
 
 def wait_for_model(server: Any, timeout: float) -> None:

@@ -1,16 +1,20 @@
-"""How does the supervisor do? Health, status and the children's logs."""
+"""How does the supervisor do? Health, metrics, status and the children's logs."""
 
 from __future__ import annotations
 
 import os
 import time
+from http import HTTPStatus
 
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from supervisor import __version__
 from supervisor.access import permit
 from supervisor.errors import BadRequest, ModelNotFound
+from supervisor.metrics import METRICS, exposition
 from supervisor.routes.keys import ACCESS, CATALOG, FLEET, SETTINGS, URLS
+from supervisor.routes.native import pass_through, preflight
 from supervisor.routes.wrap import guarded
 from supervisor.scheduler import COUNTED, State
 
@@ -21,6 +25,30 @@ DEFAULT_LOG_LINES = 200
 async def health(request: web.Request) -> web.StreamResponse:
     """GET /health: 200 as long as the front serves."""
     return web.json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.StreamResponse:
+    """GET /readyz: 200 when requests can be served: models are started and stopped as they must, and nothing drains."""
+    fleet, catalog, access = request.app[FLEET], request.app[CATALOG], request.app[ACCESS]
+    scheduler = fleet.problems()
+    if fleet.scheduler.closing:
+        scheduler.append("the supervisor is shutting down")
+    server = [] if fleet.binary() is not None else ["there is no llama-server: run `llama-supervisor build`"]
+    components = {"scheduler": scheduler, "llama_server": server, "models": catalog.problems, "keys": access.problems}
+    good = not scheduler and not server
+    described = {
+        name: {"status": "degraded" if found else "ok", "problems": found} for name, found in components.items()
+    }
+    body = {"status": "ok" if good else "unavailable", "components": described}
+    return web.json_response(body, status=HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+async def metrics(request: web.Request) -> web.StreamResponse:
+    """GET /metrics: the supervisor's and all running models'; with `?model=` what that model's child says itself."""
+    if request.query.get("model"):
+        return await pass_through(request)
+    body = await exposition(request.app[METRICS], request.app[FLEET])
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def root(request: web.Request) -> web.StreamResponse:
@@ -91,8 +119,11 @@ async def logs(request: web.Request) -> web.StreamResponse:
 
 def add(app: web.Application) -> None:
     """Add the routes."""
-    for path in ("/health", "/v1/health", "/livez", "/readyz"):
+    for path in ("/health", "/v1/health", "/livez"):
         app.router.add_get(path, health)
+    app.router.add_get("/readyz", ready)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_options("/metrics", preflight)
     app.router.add_get("/", root)
     app.router.add_get("/api/v1/status", status)
     app.router.add_get("/api/v1/models/{id:.+}/logs", logs)

@@ -92,7 +92,7 @@ def middleware(access: Access) -> Middleware:
         try:
             _check(request, access, need_of(request.match_info.route))
         except SupervisorError as error:
-            return error_response(request.path, error)
+            return error_response(request, error)
         return await handler(request)
 
     return gate

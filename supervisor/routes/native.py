@@ -62,7 +62,6 @@ GET_ROUTES = [
     "/props",
     "/lora-adapters",
     "/slots",
-    "/metrics",
     "/tools",
     "/cors-proxy",
     "/v1/atlas/status",

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from supervisor.errors import BadRequest, BodyTooLarge, SupervisorError
 from supervisor.relay import error_response
+from supervisor.request_id import id_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -19,14 +20,15 @@ def guarded(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def wrapped(request: web.Request) -> web.StreamResponse:
+        id_of(request)  # so that whatever is logged from here on names it
         try:
             return await handler(request)
         except SupervisorError as error:
-            return error_response(request.path, error)
+            return error_response(request, error)
         except web.HTTPRequestEntityTooLarge:
             limit = request.client_max_size / 1024 / 1024
             too_large = BodyTooLarge(f"the request body is over {limit:g} MiB (api.max_body_mb)")
-            return error_response(request.path, too_large)
+            return error_response(request, too_large)
 
     return wrapped
 

@@ -53,9 +53,9 @@ async def test_the_other_openai_routes_and_native_ones(start, smollm2):
     assert answer["tokens_predicted"] == 2
     status, props = await running.json("GET", "/props")
     assert (status, props["model_alias"]) == (200, "small")
-    async with running.http.get(running.url + "/metrics") as response:
+    async with running.http.get(running.url + "/metrics?model=small") as response:
         assert response.status == 200
-        assert "llamacpp:" in await response.text()
+        assert "\nllamacpp:prompt_tokens_total " in await response.text()
     status, slots = await running.json("GET", "/slots")
     assert status == 200
     assert len(slots) == 4
@@ -116,7 +116,7 @@ async def test_the_built_server_says_which_patches_it_carries(start, smollm2):
 
 async def test_observing_does_not_load(start, smollm2):
     running = await start({"small": smollm2})
-    for path in ("/metrics", "/slots", "/props?autoload=false"):
+    for path in ("/metrics?model=small", "/slots", "/props?autoload=false"):
         status, answer = await running.json("GET", path)
         assert (status, answer["error"]["code"]) == (503, "model_not_loaded"), path
     for origin, allowed in (

@@ -1,0 +1,58 @@
+"""How does the supervisor's own log look? A line of text or a JSON object each, with the request's id."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+
+from supervisor.config import LoggingSection
+from supervisor.request_id import current
+
+
+class TextFormatter(logging.Formatter):
+    """For people: time, level, message, and the request's id in brackets."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line without a traceback."""
+        line = super().formatMessage(record)
+        request = current()
+        return f"{line} [{request}]" if request else line
+
+
+class JsonFormatter(logging.Formatter):
+    """For programs: `time` (ISO 8601, UTC), `level`, `logger`, `message`, and if any `request_id`, `error`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one line of JSON."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request := current():
+            line["request_id"] = request
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def set_up(settings: LoggingSection) -> None:
+    """Send the log to stderr as the settings say; call it again when they change."""
+    root = logging.getLogger()
+    handler = next((one for one in root.handlers if isinstance(one, _Handler)), None)
+    if handler is None:
+        handler = _Handler(sys.stderr)
+        root.addHandler(handler)
+    handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
+    root.setLevel(settings.level.upper())
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for mypy only
+    """The one handler of ours."""

@@ -147,7 +147,7 @@ class Access:
         """Read the keys. Raises `KeysFileError` when the file is bad, for then nobody may start."""
         if self._off_for_good:
             return
-        self._seen = _signature(self.path)
+        self._seen = signature(self.path)
         self._take_over(api_keys.load(self.path))
 
     def follow(self) -> None:
@@ -170,10 +170,10 @@ class Access:
         if self._off_for_good:
             return
         try:
-            signature = await asyncio.to_thread(_signature, self.path)
-            if signature == self._seen:
+            now = await asyncio.to_thread(signature, self.path)
+            if now == self._seen:
                 return
-            self._seen = signature
+            self._seen = now
             self._take_over(await asyncio.to_thread(api_keys.load, self.path))
         except KeysFileError as error:
             state = f"the {len(self._callers)} API keys from before stay in force" if self.on else "no API key is valid"
@@ -217,7 +217,7 @@ def secret_in(headers: Mapping[str, str]) -> str | None:
     return secret.strip() or None
 
 
-def _signature(path: Path) -> Signature | None:
+def signature(path: Path) -> Signature | None:
     """Return what changes when a file does; None when there is none."""
     try:
         found = path.stat()

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,20 +22,23 @@ from aiohttp import web
 from supervisor import logs
 from supervisor.access import Access
 from supervisor.config import Config
-from supervisor.errors import MethodNotAllowed, ModelNotFound, NotFound, SupervisorError
+from supervisor.errors import ConfigInvalid, MethodNotAllowed, ModelNotFound, NotFound, SupervisorError
 from supervisor.fleet import Fleet
+from supervisor.live import Live
 from supervisor.metrics import METRICS
 from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
 from supervisor.routes import admin, atlas, gate, models, streams
 from supervisor.routes import native as native_routes
-from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, SETTINGS, URLS
+from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, LIVE, URLS
 from supervisor.runtime import Runtime, RuntimeFolderError
 from supervisor.settings import Settings
 from supervisor.setup import native
 from supervisor.setup.fetch import SetupError
 
 log = logging.getLogger(__name__)
+
+Load = Callable[[], Settings]
 
 HEADER_LIMIT = 64 * 1024
 """Longest request line and header field in bytes."""
@@ -65,12 +68,12 @@ async def unrouted(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def make_app(settings: Settings, catalog: Catalog, fleet: Fleet, access: Access) -> web.Application:
+def make_app(live: Live, catalog: Catalog, fleet: Fleet, access: Access) -> web.Application:
     """Return the front: all routes over `catalog` and `fleet`, for those whom `access` lets in."""
-    limit = int(settings.config.api.max_body_mb * 1024 * 1024)
+    limit = int(live.settings.config.api.max_body_mb * 1024 * 1024)
     app = web.Application(client_max_size=limit, middlewares=[gate.middleware(access)])
     app[ACCESS] = access
-    app[CATALOG], app[FLEET], app[SETTINGS] = catalog, fleet, settings
+    app[CATALOG], app[FLEET], app[LIVE] = catalog, fleet, live
     app[METRICS] = fleet.metrics
     app[CONVERSATIONS] = OrderedDict()
     native_routes.add(app)
@@ -83,9 +86,9 @@ def make_app(settings: Settings, catalog: Catalog, fleet: Fleet, access: Access)
 
 
 @contextlib.asynccontextmanager
-async def supervisor(settings: Settings) -> AsyncIterator[Supervisor]:
-    """Run a supervisor for as long as the context lasts."""
-    running = Supervisor(settings)
+async def supervisor(settings: Settings, load: Load | None = None) -> AsyncIterator[Supervisor]:
+    """Run a supervisor for as long as the context lasts; `load` reads its settings anew."""
+    running = Supervisor(settings, load)
     try:
         await running.startup()
         yield running
@@ -96,19 +99,19 @@ async def supervisor(settings: Settings) -> AsyncIterator[Supervisor]:
 class Supervisor:
     """Everything that runs in one process. `startup`, then `shutdown`, once each."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.config: Config = settings.config
+    def __init__(self, settings: Settings, load: Load | None = None) -> None:
+        self.live = Live(settings, load, self._apply_settings)
         self.urls: list[str] = []
-        self.runtime = Runtime(self.config.server.runtime_dir)
-        self.access = Access(self.config.api)
-        self.catalog = Catalog(self.config.models, self._on_change)
+        config = settings.config
+        self.runtime = Runtime(config.server.runtime_dir)
+        self.access = Access(config.api)
+        self.catalog = Catalog(config.models, self._on_change)
         self.fleet = Fleet(
-            self.config,
+            config,
             self.catalog,
             self.runtime,
             binary=lambda: self.config.server.llama_server or native.find_server(),
-            log_folder=log_folder(self.config),
+            log_folder=log_folder(config),
             patches=native.patch_series(),
         )
         self._runner: web.AppRunner | None = None
@@ -121,7 +124,7 @@ class Supervisor:
         """
         self.access.start()
         self.runtime.open()
-        app = make_app(self.settings, self.catalog, self.fleet, self.access)
+        app = make_app(self.live, self.catalog, self.fleet, self.access)
         app[URLS] = self.urls
         self._runner = web.AppRunner(
             app,
@@ -142,6 +145,7 @@ class Supervisor:
             await site.start()
             self._sites.append(site)
         self.access.follow()
+        self.live.follow()
         self.fleet.binary_version = await asyncio.to_thread(self._binary_version)
         self.urls += [url_of(address) for address in self._runner.addresses]
         for name in self.config.models.preload:
@@ -158,6 +162,7 @@ class Supervisor:
         await self.fleet.close()
         if self._runner is not None:
             await self._runner.cleanup()
+        await self.live.stop()
         await self.catalog.stop()
         await self.access.stop()
         self.runtime.close()
@@ -172,6 +177,24 @@ class Supervisor:
         except (OSError, ValueError, SetupError) as error:
             log.warning("%s does not say its version: %s", binary, error)
             return None
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.live.settings.config
+
+    async def _apply_settings(self, settings: Settings) -> list[str]:
+        """See `Live`. The models come first: this may fail, and a child's command line has their aliases."""
+        config, before = settings.config, self.catalog.settings
+        self.catalog.settings = config.models
+        try:
+            await self.catalog.rescan()
+        except BaseException:
+            self.catalog.settings = before
+            raise
+        logs.set_level(config.logging)
+        self.access.open_models = config.api.open_models
+        return self.fleet.apply_settings(config)
 
     def _on_change(self, change: Change) -> None:
         self.fleet.apply_change(change)
@@ -199,17 +222,20 @@ def log_folder(config: Config) -> Path | None:
     return folder
 
 
-def run(settings: Settings) -> int:
-    """Run until SIGTERM, SIGINT or SIGHUP and return the exit code: 0 after a clean stop, 1 when it could not start."""
+def run(settings: Settings, load: Load | None = None) -> int:
+    """Run until SIGTERM or SIGINT and return the exit code: 0 after a clean stop, 1 when it could not start.
+
+    `load` reads the settings anew, for SIGHUP, a changed file and the API.
+    """
     logs.set_up(settings.config.logging)
     try:
         import uvloop  # noqa: PLC0415 (optional)
     except ImportError:
-        return asyncio.run(serve(settings))
-    return uvloop.run(serve(settings))
+        return asyncio.run(serve(settings, load))
+    return uvloop.run(serve(settings, load))
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, load: Load | None = None) -> int:
     """See `run`."""
     stop = asyncio.Event()
     running: list[Supervisor] = []
@@ -219,7 +245,7 @@ async def serve(settings: Settings) -> int:
     def on_signal(number: signal.Signals) -> None:
         nonlocal first
         if not stop.is_set():
-            drain = settings.config.server.drain_seconds
+            drain = (running[0].config if running else settings.config).server.drain_seconds
             log.info("%s: draining for up to %g s; once more stops at once", number.name, drain)
             first = loop.time()
             stop.set()
@@ -228,12 +254,21 @@ async def serve(settings: Settings) -> int:
             for one in running:
                 one.fleet.hurry()
 
+    in_terminal = has_terminal()
+
+    def on_hangup() -> None:
+        if in_terminal and not has_terminal():
+            on_signal(signal.SIGHUP)  # it was closed, and nobody could stop us any more
+        elif running and not stop.is_set():
+            reloads.append(loop.create_task(reload(running[0])))
+
+    reloads: list[asyncio.Task[None]] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
-        loop.add_signal_handler(signal.SIGHUP, on_signal, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
     try:
-        async with supervisor(settings) as one:
+        async with supervisor(settings, load) as one:
             running.append(one)
             announce(one)
             gc.collect()
@@ -249,6 +284,21 @@ async def serve(settings: Settings) -> int:
         return 1
     log.info("stopped")
     return 0
+
+
+async def reload(one: Supervisor) -> None:
+    """Take over the settings anew, as SIGHUP asks; a bad configuration is logged and changes nothing."""
+    with contextlib.suppress(ConfigInvalid):
+        await one.live.reload("SIGHUP")
+
+
+def has_terminal() -> bool:
+    """Tell whether this process has a terminal whose closing sends it SIGHUP."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def announce(one: Supervisor) -> None:

@@ -88,6 +88,7 @@ class Child:
         self.patches: str | None = None
         self.atlas: Support | None = None
         self.stopping = False
+        self.environ: dict[str, str] = {}
         self._process: Process | None = None
         self._turn = asyncio.Lock()  # a stop waits for a spawn under way
         self._pumps: list[asyncio.Task[None]] = []
@@ -124,6 +125,7 @@ class Child:
             return await self._spawn(environ)
 
     async def _spawn(self, environ: Mapping[str, str]) -> int:
+        self.environ = dict(environ)
         env = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_SUPERVISOR_")}
         env |= {"LLAMA_SERVER_ROUTER_PORT": "1"} | dict(environ)
         try:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,9 +19,12 @@ from supervisor import __version__
 from supervisor.cli_atlas import atlas
 from supervisor.cli_key import key
 from supervisor.cli_models import load, logs, models, status, unload
-from supervisor.cli_options import config_option, example, json_option
+from supervisor.cli_options import client, client_options, config_option, example, json_option
 from supervisor.console import console, duration, print_json, safe, say, table
 from supervisor.errors import ConfigError, SupervisorError
+
+if TYPE_CHECKING:
+    from supervisor.settings import Settings
 
 FAILED, USAGE, NO_SUPERVISOR, NO_MODEL, BAD_CONFIG, INTERRUPTED, READER_GONE = 1, 2, 3, 4, 78, 130, 141
 
@@ -175,10 +178,14 @@ def start(config: Path | None, as_json: bool, **options: Any) -> int:
         section, _, key = name.partition("__")
         given.setdefault(section, {})[key] = (list(value) or None) if isinstance(value, tuple) else value
     settings = load_settings(config, given)
+
+    def anew() -> Settings:
+        return load_settings(settings.path, given)  # the file of the start, also when it is gone by now
+
     if not as_json:
-        return app.run(settings)
+        return app.run(settings, anew)
     with contextlib.redirect_stdout(sys.stderr):
-        code = app.run(settings)
+        code = app.run(settings, anew)
     print_json({"exit_code": code} if code == 0 else {"error": {"message": "see the log", "type": "start_failed"}})
     return code
 
@@ -300,6 +307,24 @@ def config_show(config: Path | None, as_json: bool) -> None:
         print_json({"path": str(settings.path) if settings.path else None, "settings": listed})
         return
     table(["KEY", "VALUE", "SOURCE", "MEANING"], rows)
+
+
+@config_group.command("reload", epilog=example("config reload"))
+@client_options
+def config_reload(url: str | None, config: Path | None, as_json: bool) -> None:
+    """Let the running supervisor read its configuration anew.
+
+    It does so by itself when the file changes. A bad configuration changes nothing.
+    """
+    found = client(url, config).post("/api/v1/config/reload", {})
+    if as_json:
+        print_json(found)
+        return
+    say("changed: " + (", ".join(found.get("changed") or []) or "nothing"))
+    if restarted := found.get("restarted"):
+        say(f"starting anew after their running answers: {', '.join(restarted)}")
+    if needed := found.get("restart_needed"):
+        say(f"only a new start of the supervisor takes over: {', '.join(needed)}")
 
 
 @config_group.command("schema", epilog=example("config schema > config.schema.json"))

@@ -168,6 +168,24 @@ class ShuttingDown(SupervisorError):
     code = "shutting_down"
 
 
+class ConfigInvalid(SupervisorError):
+    """The configuration cannot be taken over (422). `problems` holds one line for each mistake."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "config_invalid"
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n  ".join(["the configuration cannot be used:", *problems]))
+        self.problems = problems
+
+    def body(self) -> dict[str, Any]:
+        """Return the envelope with the problems beside the message."""
+        body = super().body()
+        body["error"]["problems"] = self.problems
+        return body
+
+
 class ConfigError(Exception):
     """The configuration cannot be used. `problems` holds one line for each mistake."""
 

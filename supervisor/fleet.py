@@ -20,7 +20,19 @@ from supervisor.errors import ChildFailed, ModelNotFound, StartFailed, Superviso
 from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
 from supervisor.runtime import Runtime
-from supervisor.scheduler import OCCUPYING, Decision, Entry, Grant, Limits, Refuse, Scheduler, Start, State, Stop
+from supervisor.scheduler import (
+    OCCUPYING,
+    STAYING,
+    Decision,
+    Entry,
+    Grant,
+    Limits,
+    Refuse,
+    Scheduler,
+    Start,
+    State,
+    Stop,
+)
 from supervisor.setup import native
 from supervisor.upstream import UpstreamClosed
 
@@ -170,6 +182,41 @@ class Fleet:
             self._apply(self.scheduler.restart(model, now))
         if change.added or change.replaced:
             self._publish("*", "models_reload", {})
+
+    def apply_settings(self, config: Config) -> list[str]:
+        """Go by `config` from now on; return the models whose children start anew, after their running requests.
+
+        A child whose command line and environment would be the same goes on undisturbed.
+        """
+        other_binary = config.server.llama_server != self.config.server.llama_server
+        self.config = config
+        for log_ in self.logs.values():
+            log_.max_bytes = int(config.logging.max_mb * 1024 * 1024)
+        now = self._now()
+        restarted = []
+        for entry in list(self.scheduler.entries.values()):
+            model, child = self.catalog.get(entry.model), self.children.get(entry.model)
+            if model is None:
+                continue  # `apply_change` sees to it
+            self._set_rules(entry, model)
+            if child is not None:
+                child.patience = plan.stop_seconds(config, model)
+            if entry.state is State.FAILED:
+                self._apply(self.scheduler.restart(entry.model, now))  # it may start now
+            elif entry.state in STAYING and child is not None and (other_binary or self._differs(child, model)):
+                restarted.append(entry.model)
+                self._apply(self.scheduler.restart(entry.model, now))
+        self._apply(self.scheduler.set_limits(limits(config, self.binary()), now))
+        return restarted
+
+    def _differs(self, child: Child, model: Model) -> bool:
+        """Whether a child for `model` would be started in another way now."""
+        try:
+            folder = self._memory_folder(model)
+        except StartFailed:
+            return True
+        command = plan.command(Path(child.command[0]), model, self.config, child.socket, folder=folder)
+        return command != child.command or plan.override_for(self.config, model).env != child.environ
 
     def log_of(self, model: str) -> ChildLog:
         """Return the log of `model`, over all its children."""
@@ -321,10 +368,12 @@ class Fleet:
         command = plan.command(binary, model, self.config, socket, folder=self._memory_folder(model))
         child = Child(model_id, command, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
         self.children[model_id] = child
-        entry = self.scheduler.entry(model_id)
+        self._set_rules(self.scheduler.entry(model_id), model)
+        return child
+
+    def _set_rules(self, entry: Entry, model: Model) -> None:
         entry.pinned = plan.override_for(self.config, model).pin
         entry.idle_unload = plan.idle_unload(self.config, model)
-        return child
 
     def _memory_folder(self, model: Model) -> Path | None:
         """Return the folder for the memory files of `model`, made if need be; None: it gets none.

@@ -43,15 +43,23 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(settings: LoggingSection) -> None:
-    """Send the log to stderr as the settings say; call it again when they change."""
+    """Send the log to stderr as the settings say."""
     root = logging.getLogger()
     handler = next((one for one in root.handlers if isinstance(one, _Handler)), None)
     if handler is None:
         handler = _Handler(sys.stderr)
         root.addHandler(handler)
-    handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
-    root.setLevel(settings.level.upper())
+    set_level(settings)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def set_level(settings: LoggingSection) -> None:
+    """Take over changed settings; where `set_up` was not called, as in tests, the log is somebody else's."""
+    root = logging.getLogger()
+    for handler in root.handlers:
+        if isinstance(handler, _Handler):
+            handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
+            root.setLevel(settings.level.upper())
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for mypy only

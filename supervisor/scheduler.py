@@ -211,6 +211,18 @@ class Scheduler:
             entry.wanted = True
         return self._retire(entry, now, "replaced") + self._schedule(now)
 
+    def set_limits(self, limits: Limits, now: float) -> list[Decision]:
+        """Go by other limits. Of models that are too many now those go that would make room for another."""
+        self.limits = limits
+        decisions: list[Decision] = []
+        for _ in range(self._count(STAYING) - limits.max_loaded):
+            candidates = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
+            if not candidates:
+                break
+            victim = min(candidates, key=lambda e: (bool(e.leases), e.last_used))
+            decisions += self._retire(victim, now, "fewer models may run")
+        return decisions + self.tick(now)
+
     def remove(self, model: str, now: float, error: SupervisorError) -> list[Decision]:
         """The model's file is gone: waiters get `error`, running requests finish."""
         entry = self.entry(model)

@@ -19,7 +19,7 @@ from supervisor.config import Config, ModelOverride, sections
 from supervisor.config_file import Keys, dotted
 from supervisor.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "Row", "Settings", "load", "locate", "show"]
+__all__ = ["ENV_PREFIX", "Row", "Settings", "changed", "load", "locate", "show"]
 
 ENV_PREFIX = "LLAMA_SUPERVISOR_"
 DELIMITER = "__"
@@ -124,6 +124,13 @@ def show(settings: Settings) -> list[Row]:
         name = dotted(keys)
         rows.append(Row(name, text, settings.sources.get(name, "default"), _field(keys).description or ""))
     return rows
+
+
+def changed(old: Config, new: Config) -> list[str]:
+    """Return the dotted keys of the settings that differ, in the order of the schema."""
+    before, after = _in_force(old), _in_force(new)
+    differing = (keys for keys in {**before, **after} if before.get(keys) != after.get(keys))
+    return [dotted(keys) for keys in differing if keys != OVERRIDES]  # which stands there only when it is empty
 
 
 def _field(keys: Keys) -> FieldInfo:

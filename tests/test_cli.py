@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 from fake_supervisor import as_json, run, start_process
 
 from supervisor import cli as program
-from supervisor import config, console, reference, settings
+from supervisor import config, console, errors, reference, settings
 from supervisor.cli import cli
 from supervisor.cli_options import client
 from supervisor.setup import doctor, embedded, native
@@ -208,8 +208,9 @@ def app(monkeypatch: pytest.MonkeyPatch) -> list[settings.Settings]:
 
     started: list[settings.Settings] = []
 
-    def fake_run(given: settings.Settings) -> int:
+    def fake_run(given: settings.Settings, load: Callable[[], settings.Settings]) -> int:
         started.append(given)
+        assert load() == given  # as SIGHUP would have it
         print("banner")
         return 1 if given.config.server.port == 1 else 0
 
@@ -238,6 +239,21 @@ def test_start_without_options_keeps_the_configuration(app: list[settings.Settin
     assert run("start").exit_code == 0
     assert app[0].config.models.preload == ["x"]
     assert "command line" not in app[0].sources.values()
+
+
+def test_a_file_that_is_gone_is_missed_when_the_settings_are_loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the defaults would hold, or another file."""
+    from supervisor import app
+
+    def fake_run(given: settings.Settings, load: Callable[[], settings.Settings]) -> int:
+        Path("config.json").unlink()
+        with pytest.raises(errors.ConfigError, match="no such file"):
+            load()
+        return 0
+
+    monkeypatch.setattr(app, "run", fake_run)
+    Path("config.json").write_text("{}")
+    assert run("start").exit_code == 0
 
 
 def test_start_as_json(app: list[settings.Settings]) -> None:

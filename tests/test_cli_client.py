@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_supervisor import Fake, Reply, as_json, event, listing, model, progress, reply, run, start_process
 
-from supervisor.errors import InvalidApiKey, ModelNotFound
+from supervisor.errors import ConfigInvalid, InvalidApiKey, ModelNotFound
 
 LONG = "a-very-long-model-name-" * 8 + "Q4_K_M"
 NOT_FOUND = reply(ModelNotFound("tiyn", ["tiny"], 1).body(), 404)
@@ -344,3 +344,27 @@ def test_a_refused_key(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
         result.stderr == "Error: the API key is not valid (LLAMA_SUPERVISOR_API_KEY holds the key of these commands)\n"
     )
     assert as_json(run("status", "--url", fake.url, "--json"))["error"]["code"] == "invalid_api_key"
+
+
+# --- the configuration of a running supervisor -----------------------------------------------------------------------
+
+
+def test_config_reload(fake: Fake) -> None:
+    outcome = {"changed": ["a.b", "c.d"], "restarted": ["tiny"], "restart_needed": ["server.port"]}
+    fake.routes["POST /api/v1/config/reload"] = reply(outcome)
+    result = run("config", "reload", "--url", fake.url)
+    assert result.exit_code == 0
+    assert result.stdout == (
+        "changed: a.b, c.d\nstarting anew after their running answers: tiny\n"
+        "only a new start of the supervisor takes over: server.port\n"
+    )
+    assert json.loads(run("config", "reload", "--url", fake.url, "--json").stdout) == outcome
+    fake.routes["POST /api/v1/config/reload"] = reply({"changed": [], "restarted": [], "restart_needed": []})
+    assert run("config", "reload", "--url", fake.url).stdout == "changed: nothing\n"
+
+
+def test_config_reload_with_mistakes(fake: Fake) -> None:
+    fake.routes["POST /api/v1/config/reload"] = reply(ConfigInvalid(["config.json: bad"]).body(), 422)
+    result = run("config", "reload", "--url", fake.url)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: the configuration cannot be used:\n  config.json: bad\n"

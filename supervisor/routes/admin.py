@@ -1,9 +1,11 @@
-"""How does the supervisor do? Health, metrics, status and the children's logs."""
+"""How does the supervisor do? Health, metrics, status, settings and the children's logs."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from dataclasses import asdict
 from http import HTTPStatus
 
 from aiohttp import web
@@ -13,10 +15,11 @@ from supervisor import __version__
 from supervisor.access import permit
 from supervisor.errors import BadRequest, ModelNotFound
 from supervisor.metrics import METRICS, exposition
-from supervisor.routes.keys import ACCESS, CATALOG, FLEET, SETTINGS, URLS
+from supervisor.routes.keys import ACCESS, CATALOG, FLEET, LIVE, URLS
 from supervisor.routes.native import pass_through, preflight
 from supervisor.routes.wrap import guarded
 from supervisor.scheduler import COUNTED, State
+from supervisor.settings import show
 
 _STARTED = time.monotonic()
 DEFAULT_LOG_LINES = 200
@@ -66,7 +69,8 @@ async def root(request: web.Request) -> web.StreamResponse:
 @guarded
 async def status(request: web.Request) -> web.StreamResponse:
     """GET /api/v1/status: the supervisor and every model that is not simply absent."""
-    fleet, catalog, settings = request.app[FLEET], request.app[CATALOG], request.app[SETTINGS]
+    fleet, catalog, live = request.app[FLEET], request.app[CATALOG], request.app[LIVE]
+    settings = live.settings
     entries = fleet.scheduler.entries.values()
     binary, version = fleet.binary(), fleet.binary_version
     return web.json_response(
@@ -85,12 +89,29 @@ async def status(request: web.Request) -> web.StreamResponse:
             },
             "models_directory": str(settings.config.models.directory),
             "keys_required": request.app[ACCESS].on,
-            "problems": [*catalog.problems, *request.app[ACCESS].problems],
+            "problems": [*live.problems, *catalog.problems, *request.app[ACCESS].problems],
+            "restart_needed": live.restart_needed,
             "loaded": sum(entry.state in COUNTED for entry in entries),
             "max_loaded": fleet.scheduler.limits.max_loaded,
             "models": [fleet.status_of(entry) for entry in entries if entry.state is not State.ABSENT],
         }
     )
+
+
+@guarded
+async def config(request: web.Request) -> web.StreamResponse:
+    """GET /api/v1/config: every setting in force, and what is wrong with the file since."""
+    live = request.app[LIVE]
+    rows = [{**row._asdict(), "value": json.loads(row.value)} for row in show(live.settings)]
+    path = str(live.settings.path) if live.settings.path else None
+    about = {"path": path, "problems": live.problems, "restart_needed": live.restart_needed}
+    return web.json_response({**about, "settings": rows})
+
+
+@guarded
+async def reload(request: web.Request) -> web.StreamResponse:
+    """POST /api/v1/config/reload: read the configuration anew and take it over, or say what is wrong with it."""
+    return web.json_response(asdict(await request.app[LIVE].reload("asked to reload")))
 
 
 @guarded
@@ -126,4 +147,6 @@ def add(app: web.Application) -> None:
     app.router.add_options("/metrics", preflight)
     app.router.add_get("/", root)
     app.router.add_get("/api/v1/status", status)
+    app.router.add_get("/api/v1/config", config)
+    app.router.add_post("/api/v1/config/reload", reload)
     app.router.add_get("/api/v1/models/{id:.+}/logs", logs)

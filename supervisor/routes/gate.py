@@ -47,7 +47,8 @@ NEEDS: dict[Need, str] = {
     """,
     "manage": """
         POST /models/load  POST /models/unload  GET /models/sse
-        GET /api/v1/status  GET /api/v1/models/{id}/logs
+        GET /api/v1/status  GET /api/v1/config  POST /api/v1/config/reload
+        GET /api/v1/models/{id}/logs
         POST /props  POST /lora-adapters  GET /slots  POST /slots/{id_slot}  GET /metrics
         POST /v1/atlas/config  GET /v1/atlas/metrics  GET /v1/atlas/metrics/stream
     """,

@@ -19,6 +19,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
+from http import HTTPStatus
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from supervisor.atlas_support import Support
 from supervisor.childlog import ChildLog
 from supervisor.errors import StartFailed
 from supervisor.upstream import Pool, UpstreamClosed
+from supervisor.watchdog import QUIET_SECONDS, Effort
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,8 @@ class Child:
         self.patches: str | None = None
         self.atlas: Support | None = None
         self.stopping = False
+        self.hung: str | None = None  # why it was killed
+        self.gone = asyncio.Event()  # nobody gets it any more
         self.environ: dict[str, str] = {}
         self._process: Process | None = None
         self._turn = asyncio.Lock()  # a stop waits for a spawn under way
@@ -152,12 +156,12 @@ class Child:
         """Wait until the child can serve.
 
         Raises `StartFailed` with its last log lines when it exits before, or shows no sign of progress (a
-        state, a log line) for `stall_seconds`.
+        state, a log line) for `stall_seconds`, or was stopped.
         """
         assert self._process is not None
         loop = asyncio.get_running_loop()
         self._on_progress = on_progress
-        self._last_sign = started = loop.time()
+        self._last_sign = started = moved = loop.time()
         ready = asyncio.create_task(self._ready.wait())
         exited = asyncio.create_task(self._process.wait())
         try:
@@ -172,6 +176,12 @@ class Child:
                     raise self.failure(f"llama-server {describe_exit(exited.result())} while loading")
                 if polling and await self._healthy():
                     return
+                effort = self.effort()
+                if effort is None or effort.status != psutil.STATUS_STOPPED:
+                    moved = loop.time()
+                elif loop.time() - moved >= QUIET_SECONDS:
+                    self.kill()  # it would not follow any other signal
+                    raise self.failure(f"stopped (SIGSTOP) for {loop.time() - moved:.1f} s while loading")
                 if loop.time() - self._last_sign > stall_seconds:
                     raise self.failure(f"loading made no progress for {stall_seconds:.0f} s")
         finally:
@@ -249,12 +259,32 @@ class Child:
         finally:
             self.pool.release(connection)
 
+    async def answers(self, seconds: float) -> bool:
+        """Tell whether it shows life within so many seconds: it answers /health, or sends something to anybody."""
+        try:
+            await asyncio.wait_for(self.call("GET", "/health"), seconds)
+        except (OSError, UpstreamClosed, TimeoutError):
+            return self.pool.heard()
+        return True
+
+    def effort(self) -> Effort | None:
+        """Return what the system tells of the process, None when it does not run or is being stopped."""
+        if self._process is None or self._process.returncode is not None or self.stopping:
+            return None
+        try:
+            process = psutil.Process(self._process.pid)
+            with process.oneshot():
+                times = process.cpu_times()
+                return Effort(times.user + times.system, process.status())
+        except psutil.Error:
+            return None
+
     async def _healthy(self) -> bool:
         try:
             status, _ = await asyncio.wait_for(self.call("GET", "/health"), 1.0)
         except (OSError, UpstreamClosed, TimeoutError):
             return False
-        return status == 200
+        return status == HTTPStatus.OK
 
     async def _pump_states(self, stream: asyncio.StreamReader) -> None:
         async for line in _lines(stream):

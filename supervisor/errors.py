@@ -160,6 +160,18 @@ class ChildFailed(SupervisorError):
     code = "upstream_failed"
 
 
+class ChildDied(ChildFailed):
+    """The model's llama-server died while it served this request (502)."""
+
+
+class ChildHung(ChildDied):
+    """The model's llama-server hung while it served this request, and was killed (504)."""
+
+    status = 504
+    type = "server_error"
+    code = "upstream_hung"
+
+
 class ShuttingDown(SupervisorError):
     """The supervisor is stopping and takes no new work (503)."""
 

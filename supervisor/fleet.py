@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import random
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from pathlib import Path
@@ -16,7 +17,7 @@ from supervisor import atlas_folder, atlas_support, plan
 from supervisor.child import Child, describe_exit
 from supervisor.childlog import TAIL_LINES, ChildLog, file_name
 from supervisor.config import Config
-from supervisor.errors import ChildFailed, ModelNotFound, StartFailed, SupervisorError
+from supervisor.errors import ChildDied, ModelNotFound, StartFailed, SupervisorError
 from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
 from supervisor.runtime import Runtime
@@ -35,6 +36,7 @@ from supervisor.scheduler import (
 )
 from supervisor.setup import native
 from supervisor.upstream import UpstreamClosed
+from supervisor.watchdog import until_hanging
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ class Fleet:
         self.config = config
         self.catalog = catalog
         self.runtime = runtime
-        self.scheduler = Scheduler(limits(config, binary()))
+        self.scheduler = Scheduler(limits(config, binary()), random.random)
         self.children: dict[str, Child] = {}
         self.logs: dict[str, ChildLog] = {}
         self.binary = binary
@@ -134,7 +136,7 @@ class Fleet:
         child = self.children.get(model)
         if child is None:  # it died between the grant and now
             self.release(ticket, ok=False)
-            raise ChildFailed(f"model {model!r} went away before it answered")
+            raise ChildDied(f"model {model!r} went away before it answered")
         return Lease(self, ticket, child, asked_at)
 
     def release(self, ticket: int, *, ok: bool) -> None:
@@ -142,6 +144,12 @@ class Fleet:
         decisions = self.scheduler.release(ticket, self._now(), ok=ok)
         if decisions or not self.scheduler.is_calm():
             self._apply(decisions)
+
+    async def until_gone(self, model: str) -> None:
+        """Wait until a child of `model` that has died is out of the way, so that the next request gets a fresh one."""
+        child = self.children.get(model)
+        if child is not None and child.exit_code is not None:
+            await child.gone.wait()
 
     def running(self) -> list[str]:
         """Return the ids of the models that can answer now, the first loaded first."""
@@ -327,15 +335,24 @@ class Fleet:
             self._publish(model, "model_status", {"status": "loaded", "info": child.info})
             self._apply(self.scheduler.ready(model, self._now()))
             self._spawn(self._get_to_know(child), _name("get to know", model))
+            self._spawn(self._watch(child), _name("watch", model))
             code = await child.wait()
             if not child.stopping:
-                raise child.failure(f"llama-server {describe_exit(code)}")
+                raise child.failure(f"llama-server {child.hung or describe_exit(code)}")
         except SupervisorError as error:
             if child is None or not child.stopping:
                 await self._failed(model, child, error)
         except (OSError, ValueError, RuntimeError) as error:
             log.exception("model %s: its child cannot be run", model)
             await self._failed(model, child, StartFailed(f"model {model!r}: {error}", param="model"))
+
+    async def _watch(self, child: Child) -> None:
+        """Kill a ready child that hangs."""
+        reason = await until_hanging(child)
+        if reason is not None and not child.stopping:
+            child.hung = f"hung: {reason}"
+            log.error("model %s: pid %d: %s; killing it", child.model, child.pid, reason)
+            child.kill()
 
     async def _failed(self, model: str, child: Child | None, error: SupervisorError) -> None:
         log.error("%s", error.message)
@@ -401,6 +418,7 @@ class Fleet:
 
     def _forget(self, model: str, child: Child) -> None:
         self.runtime.forget(child.socket)
+        child.gone.set()
         if self.children.get(model) is child:
             del self.children[model]
 

@@ -57,6 +57,9 @@ class Metrics:
             "status",
         )
         self.errors = self._counter("errors", "Errors of the supervisor itself, by the code in their envelope.", "code")
+        self.retries = self._counter(
+            "retries", "Requests that were asked again because a child died before it answered.", "model"
+        )
         self.tokens = self._counter(
             "tokens", "Tokens that answers told of, by kind: prompt (computed), cached, generated.", "model", "kind"
         )

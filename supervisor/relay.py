@@ -16,7 +16,7 @@ from aiohttp import web
 
 from supervisor.access import CREDENTIALS, OWNER_HEADER, Caller, caller_of
 from supervisor.answer import HOP_BY_HOP, Answer, Headers, forwardable
-from supervisor.errors import ChildFailed, SupervisorError
+from supervisor.errors import ChildDied, ChildFailed, ChildHung, SupervisorError
 from supervisor.fleet import Lease
 from supervisor.metrics import METRICS
 from supervisor.request_id import HEADER as ID_HEADER
@@ -46,9 +46,9 @@ DEATH_NOTICE = 0.5
 async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamResponse:
     """Send `request` with `body` to the lease's child and its answer back, then release the lease.
 
-    A child that fails before the first byte raises `ChildFailed`; later, the client's stream ends with an error
-    event (SSE) or is cut. A client that leaves cancels this, and that cuts the connection to the child, which
-    then stops generating.
+    A child that fails before the first byte raises `ChildFailed` (`ChildDied` if it is gone); later, the client's
+    stream ends with an error event (SSE) or is cut. A client that leaves cancels this, and that cuts the connection to
+    the child, which then stops generating.
     """
     connection: Connection | None = None
     answer: Answer | None = None
@@ -69,7 +69,7 @@ async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamRe
         raise
     except _Broken as broken:
         ok = False
-        error = ChildFailed(await _last_words(lease, broken.reason))
+        error = await _failure(lease, broken.reason)
         if answer is None or not answer.begun:
             status = error.status
             raise error from broken
@@ -188,6 +188,10 @@ async def _pour(connection: Connection, answer: Answer, account: _Account | None
         raise _Broken(error) from error
 
 
+RESPONSES = frozenset(("/v1/responses", "/responses"))
+"""Routes whose events have a type; some clients of theirs look for it, others for `error`, so theirs have both."""
+
+
 def is_anthropic(path: str) -> bool:
     """Whether errors on `path` have Anthropic's shape."""
     return path.startswith("/v1/messages")
@@ -203,8 +207,11 @@ def error_body(path: str, error: SupervisorError) -> dict[str, object]:
 
 def error_event(path: str, error: SupervisorError) -> bytes:
     """Return the server-sent event that ends a stream that failed."""
-    name = b"event: error\n" if is_anthropic(path) else b""
-    return name + b"data: " + json.dumps(error_body(path, error)).encode() + b"\n\n"
+    body = error_body(path, error)
+    if path in RESPONSES:
+        body = {"type": "error", "code": error.code, "message": error.message, "param": error.param} | body
+    name = b"event: error\n" if "type" in body else b""
+    return name + b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
 def count_error(request: web.Request, error: SupervisorError) -> None:
@@ -232,13 +239,15 @@ def _inflated(request: web.Request) -> bool:
     return request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd")
 
 
-async def _last_words(lease: Lease, error: Exception) -> str:
-    """Say why a child stopped answering, with its last log lines if it died."""
+async def _failure(lease: Lease, reason: Exception) -> ChildFailed:
+    """Return why a child stopped answering, with its last log lines if it died."""
     child = lease.child
     if child.stopping:
-        return f"model {child.model!r} was stopped before its answer was complete"
+        return ChildFailed(f"model {child.model!r} was stopped before its answer was complete")
     try:
         await asyncio.wait_for(child.wait(), DEATH_NOTICE)
     except TimeoutError:
-        return f"model {child.model!r}: {error or type(error).__name__}"
-    return child.failure("its llama-server died before the answer was complete").message
+        return ChildFailed(f"model {child.model!r}: {reason or type(reason).__name__}")
+    if child.hung is not None:
+        return ChildHung(child.failure(f"its llama-server {child.hung}, and was killed").message)
+    return ChildDied(child.failure("its llama-server died before the answer was complete").message)

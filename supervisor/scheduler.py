@@ -9,13 +9,14 @@ the event loop's thread. The rules:
 - A child that was told to stop gives its place up at once: `Limits.overlap` says how many may load while it exits.
 - When all are busy, the oldest waiter looks on for `max_wait` seconds; then the least recently used model takes
   no new requests, finishes its running ones and makes way. Running answers are never cut for this.
-- A model that fails to start backs off: 1 s, 2 s, 4 s ... 60 s; a crash after it was ready costs nothing the
-  first time.
+- A model that fails to start backs off: 1 s, 2 s, 4 s ... 60 s, and up to a quarter more by chance, so that many do
+  not try at once; the first request after the pause tries, and an answer ends it. A crash after it was ready costs
+  nothing the first time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
@@ -24,6 +25,10 @@ from supervisor.errors import NotLoaded, QueueFull, ShuttingDown, StartFailed, S
 
 MAX_BACKOFF = 60.0
 """Longest pause in seconds between two starts of a model that keeps failing."""
+
+
+MAX_JITTER = 0.25
+"""Share of a pause that chance adds at most."""
 
 
 class State(StrEnum):
@@ -129,8 +134,10 @@ class Entry:
 class Scheduler:
     """The state of all models and their queues. See the module's docstring for the rules."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, chance: Callable[[], float] = lambda: 0.0) -> None:
+        """`chance` returns a random number from 0 to 1."""
         self.limits = limits
+        self._chance = chance
         self.entries: dict[str, Entry] = {}
         self.closing = False
         self._tickets: dict[int, Entry] = {}  # waiting or granted
@@ -268,7 +275,8 @@ class Scheduler:
         entry.error = error
         entry.failures += 1
         steps = entry.failures - 1 if was is State.STARTING else entry.failures - 2
-        entry.retry_at = now + (min(MAX_BACKOFF, 2.0**steps) if steps >= 0 else 0.0)
+        pause = min(MAX_BACKOFF, 2.0**steps) * (1 + MAX_JITTER * self._chance()) if steps >= 0 else 0.0
+        entry.retry_at = now + pause
         if was is State.STARTING:
             entry.start_failures += 1
             return self._refuse_all(entry, _again(error, entry.retry_at - now)) + self._schedule(now)

@@ -48,6 +48,7 @@ class Connection:
         self.headers: list[tuple[str, str]] = []
         self.reused = False
         self.closed = False
+        self.heard = False  # something came since somebody last looked
         self._socket = connected
         self._loop = asyncio.get_running_loop()
         self._parser: httptools.HttpResponseParser | None = None
@@ -155,6 +156,7 @@ class Connection:
         except OSError as error:
             self._fail(f"llama-server cut the connection: {error.strerror or error}")
             return
+        self.heard = True
         if not data:
             self.close()
         elif self._parser is None or self._complete:
@@ -311,6 +313,14 @@ class Pool:
         now = asyncio.get_running_loop().time()
         while self._idle and now - self._idle[0][0] >= IDLE_SECONDS:
             self._idle.popleft()[1].close()
+
+    def heard(self) -> bool:
+        """Tell whether anything has come on a connection in use since the last time."""
+        found = False
+        for connection in self._open:
+            found |= connection.heard
+            connection.heard = False
+        return found
 
     def cut(self) -> None:
         """Cut all connections, also those in use, and open no more."""

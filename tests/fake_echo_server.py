@@ -2,7 +2,8 @@
 """A llama-server without a model, for tests of what the supervisor sends to a child: it answers as the request says.
 
 A JSON body with `say` (a list of texts) gets them as the answer, piece by piece, with `status` and `type`; `hang`: the
-answer never ends. Every other request gets its own method, target and headers back.
+answer never ends; `die_once` (a path): it exits, unless that file is there, which it makes if it can. Every other
+request gets its own method, target and headers back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import sys
+from pathlib import Path
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -25,6 +27,10 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             body = {}
             with contextlib.suppress(ValueError):
                 body = json.loads(raw)
+            if (once := body.get("die_once")) and not Path(once).exists():
+                with contextlib.suppress(OSError):
+                    Path(once).touch()
+                os._exit(1)
             seen = json.dumps({"method": method, "target": target, "headers": headers})
             say, kind = body.get("say", [seen]), body.get("type", "application/json")
             status = f"HTTP/1.1 {body.get('status', 200)} As-Asked\r\nContent-Type: {kind}\r\n"

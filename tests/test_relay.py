@@ -35,6 +35,7 @@ class FakeChild:
     pool: Pool
     model: str = "m"
     stopping: bool = False
+    hung: str | None = None
 
     async def wait(self) -> int:
         return -9
@@ -294,6 +295,30 @@ async def test_a_stream_that_breaks_ends_with_an_error_event(serve, piece):
     assert front.leases[0].ended == [False]
     writer.write(get("/", "HEAD"))  # the connection is still good
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("path", "begin", "kind"),
+    [
+        ("/v1/chat/completions", b"data: ", None),
+        ("/v1/messages", b"event: error\ndata: ", "api_error"),
+        ("/v1/responses", b"event: error\ndata: ", None),
+        ("/responses", b"event: error\ndata: ", None),
+    ],
+)
+async def test_each_dialect_has_its_error_event(serve, path, begin, kind):
+    front = await serve(answering(EVENTS + CHUNK, stay=False))
+    _, _, body = (await front.talk(get(path, "GET", "1.0"))).partition(b"\r\n\r\n")
+    event = body.removeprefix(FIRST)
+    assert event.startswith(begin)
+    data = json.loads(event.removeprefix(begin))
+    assert "died before the answer was complete" in data["error"]["message"]
+    if kind is not None:
+        assert data["error"]["type"] == kind
+    if begin != b"data: ":
+        assert data["type"] == "error"
+    if path.endswith("/responses"):
+        assert (data["code"], data["message"]) == ("upstream_failed", data["error"]["message"])
 
 
 @pytest.mark.parametrize(

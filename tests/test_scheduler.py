@@ -404,3 +404,20 @@ def test_unknown_tickets_are_ignored(ticket: int):
     s = scheduler()
     assert s.cancel(ticket, 0) == []
     assert s.release(ticket, 0) == []
+
+
+def test_chance_makes_pauses_longer_and_an_answer_forgets_them():
+    s = Scheduler(Limits(max_loaded=1), lambda: 1.0)
+    for pause in (1.25, 2.5, 5.0):
+        s.load("a", 0)
+        s.failed("a", BOOM, 10)
+        assert s.entry("a").retry_at == 10 + pause
+    assert s.request(1, "a", 15) == [Start("a")]
+    s.ready("a", 16)
+    s.release(1, 17)
+    s.failed("a", BOOM, 18)
+    assert s.entry("a").retry_at == 18  # as the first time
+    for _ in range(20):
+        s.load("a", 20)
+        s.failed("a", BOOM, 20)
+    assert s.entry("a").retry_at == 20 + 60 * 1.25

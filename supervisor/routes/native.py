@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from email.parser import BytesHeaderParser
 from email.policy import HTTP
@@ -11,12 +12,14 @@ import msgspec
 from aiohttp import web
 
 from supervisor.access import permit
-from supervisor.errors import BadRequest, SupervisorError
+from supervisor.errors import BadRequest, ChildDied, SupervisorError
 from supervisor.models.catalog import Model
 from supervisor.relay import relay
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.streams import remember
 from supervisor.routes.wrap import guarded
+
+log = logging.getLogger(__name__)
 
 POST_ROUTES = [
     "/v1/chat/completions",
@@ -73,6 +76,21 @@ GET_ROUTES = [
 DELETE_ROUTES = ["/v1/atlas/memory/reset"]
 
 OBSERVING = frozenset(["/slots", "/metrics", "/v1/atlas/status", "/v1/atlas/config", "/v1/atlas/metrics"])
+
+ONCE = frozenset(
+    [
+        "/props",
+        "/lora-adapters",
+        "/slots/{id_slot}",
+        "/tools",
+        "/cors-proxy",
+        "/v1/chat/completions/control",
+        "/v1/atlas/config",
+        "/v1/atlas/memory/save",
+        "/v1/atlas/memory/load",
+    ]
+)
+"""Routes that are not asked a second time."""
 
 _LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 _FALSE = frozenset(["0", "false", "no", "off"])
@@ -153,8 +171,28 @@ async def pass_through(request: web.Request) -> web.StreamResponse:
         start = start and request.query.get("autoload", "").lower() not in _FALSE
     if "X-Conversation-Id" in request.headers:
         remember(request, model.id)
-    lease = await fleet.acquire(model.id, start=start)
-    return await relay(request, body, lease)
+    again = may_repeat(request, body)
+    while True:
+        try:
+            lease = await fleet.acquire(model.id, start=start)
+            return await relay(request, body, lease)
+        except ChildDied as died:
+            if not again:
+                raise
+            again = False
+            log.warning("%s; asking a fresh one", died.message.partition("\n")[0])
+            fleet.metrics.retries.labels(model.id).inc()
+            await fleet.until_gone(model.id)
+
+
+def may_repeat(request: web.Request, body: bytes) -> bool:
+    """Whether a child may be asked again when another died over the same request, which only computes an answer.
+
+    Not what changes something, acts outside, or goes on with an ATLAS session, as nobody knows how far it came.
+    """
+    resource = request.match_info.route.resource
+    path = resource.canonical if resource is not None else ""
+    return request.method in ("GET", "POST") and path not in ONCE and b'"atlas"' not in body
 
 
 @guarded

@@ -167,13 +167,33 @@ async def test_a_killed_child_ends_streams_with_an_error_event_and_comes_back(st
     assert listed["models"][0]["restarts"] == 1
 
 
-async def test_a_killed_child_is_a_502_for_an_answer_that_had_not_begun(start, smollm2):
+async def kill_when_busy(running, model: str, number: signal.Signals = signal.SIGKILL) -> int:
+    """Send a signal to the child of `model` once it has a request; return its pid."""
+    scheduler = running.supervisor.fleet.scheduler
+    await until(lambda: scheduler.entry(model).leases)
+    await asyncio.sleep(0.2)
+    pid = child_pid(running, model)
+    os.kill(pid, number)
+    return pid
+
+
+async def test_an_answer_that_had_not_begun_comes_from_a_fresh_child(start, smollm2):
+    running = await start({"a": smollm2})
+    await running.chat("a", max_tokens=1)
+    answer = asyncio.create_task(running.chat("a", max_tokens=150, ignore_eos=True))
+    first = await kill_when_busy(running, "a")
+    status, body = await answer
+    assert (status, body["usage"]["completion_tokens"]) == (200, 150)
+    assert child_pid(running, "a") != first
+
+
+async def test_an_answer_that_two_children_die_over_is_a_502(start, smollm2):
     running = await start({"a": smollm2})
     await running.chat("a", max_tokens=1)
     answer = asyncio.create_task(running.chat("a", max_tokens=100_000, ignore_eos=True))
-    await until(lambda: running.supervisor.fleet.scheduler.entry("a").leases)
-    await asyncio.sleep(0.2)
-    os.kill(child_pid(running, "a"), signal.SIGKILL)
+    first = await kill_when_busy(running, "a")
+    await until(lambda: "a" in running.supervisor.fleet.running() and child_pid(running, "a") != first)
+    await kill_when_busy(running, "a")
     status, body = await answer
     assert (status, body["error"]["code"]) == (502, "upstream_failed")
 

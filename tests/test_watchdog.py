@@ -1,0 +1,82 @@
+"""What counts as hanging, with time as a number."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from supervisor import watchdog
+from supervisor.watchdog import QUIET_SECONDS, SILENT_SECONDS, Effort, Verdict, until_hanging
+
+SLEEPS = psutil.STATUS_SLEEPING
+
+
+def looks(
+    verdict: Verdict, until: float, step: float = 0.75, *, status: str = SLEEPS, rate: float = 0.0
+) -> float | None:
+    """Look every `step` seconds at a child without a sign of life; return when it counts as hanging."""
+    now = step
+    while now <= until:
+        if verdict.look(now, alive=False, effort=Effort(1 + rate * now, status)):
+            return now
+        now += step
+    return None
+
+
+@pytest.mark.parametrize("status", [SLEEPS, psutil.STATUS_STOPPED])
+def test_a_child_that_does_nothing_hangs(status):
+    verdict = Verdict(0)
+    assert verdict.look(0, alive=True, effort=Effort(1, SLEEPS)) is None
+    found = looks(verdict, 60, status=status)
+    assert found is not None
+    assert QUIET_SECONDS <= found < 5
+
+
+def test_one_that_works_or_reads_has_a_minute():
+    for more in ({"rate": 0.5}, {"status": psutil.STATUS_DISK_SLEEP}):
+        found = looks(Verdict(0), 200, **more)
+        assert found is not None
+        assert SILENT_SECONDS <= found < SILENT_SECONDS + 2
+
+
+def test_one_in_a_debugger_never_hangs():
+    assert looks(Verdict(0), 1000, status=psutil.STATUS_TRACING_STOP) is None
+
+
+def test_a_sign_of_life_begins_it_anew():
+    verdict = Verdict(0)
+    effort = Effort(1, SLEEPS)
+    for now in range(100):
+        assert verdict.look(now, alive=now % 3 == 0, effort=effort) is None
+
+
+def test_a_machine_that_slept_is_no_reason():
+    verdict = Verdict(0)
+    effort = Effort(1, SLEEPS)
+    assert verdict.look(1, alive=True, effort=effort) is None
+    assert verdict.look(5000, alive=False, effort=effort) is None
+    assert verdict.look(5001, alive=True, effort=effort) is None
+
+
+class Child:
+    """A child that answers some questions and then hangs; it ends after `looks` looks."""
+
+    def __init__(self, answered: int, looks: int) -> None:
+        self.answered, self.left = answered, looks
+
+    async def answers(self, seconds: float) -> bool:
+        self.answered -= 1
+        return self.answered >= 0
+
+    def effort(self) -> Effort | None:
+        self.left -= 1
+        return Effort(1, psutil.STATUS_STOPPED) if self.left >= 0 else None
+
+
+async def test_watching(monkeypatch):
+    for name in ("LOOK_SECONDS", "ANSWER_SECONDS", "QUIET_SECONDS"):
+        monkeypatch.setattr(watchdog, name, 0.001)
+    reason = await until_hanging(Child(3, 1000))
+    assert reason is not None
+    assert reason.startswith("stopped (SIGSTOP) for ")
+    assert await until_hanging(Child(10, 5)) is None

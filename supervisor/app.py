@@ -27,6 +27,7 @@ from supervisor.fleet import Fleet
 from supervisor.live import Live
 from supervisor.metrics import METRICS
 from supervisor.models.catalog import Catalog, Change
+from supervisor.notify import Notifier
 from supervisor.relay import error_response
 from supervisor.routes import admin, atlas, gate, models, streams
 from supervisor.routes import native as native_routes
@@ -238,6 +239,7 @@ def run(settings: Settings, load: Load | None = None) -> int:
 async def serve(settings: Settings, load: Load | None = None) -> int:
     """See `run`."""
     stop = asyncio.Event()
+    notifier = Notifier()
     running: list[Supervisor] = []
     loop = asyncio.get_running_loop()
     first = 0.0
@@ -260,7 +262,7 @@ async def serve(settings: Settings, load: Load | None = None) -> int:
         if in_terminal and not has_terminal():
             on_signal(signal.SIGHUP)  # it was closed, and nobody could stop us any more
         elif running and not stop.is_set():
-            reloads.append(loop.create_task(reload(running[0])))
+            reloads.append(loop.create_task(reload(running[0], notifier)))
 
     reloads: list[asyncio.Task[None]] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -273,7 +275,10 @@ async def serve(settings: Settings, load: Load | None = None) -> int:
             announce(one)
             gc.collect()
             gc.freeze()  # what is here stays: collections need not walk it while streams run
+            notifier.ready(summary(one))
+            reports = loop.create_task(report(one, notifier))
             await stop.wait()
+            notifier.stopping("running answers may finish")
     except RuntimeFolderError as error:
         log.error("%s", error)
         return 1
@@ -282,14 +287,40 @@ async def serve(settings: Settings, load: Load | None = None) -> int:
         hint = "; choose another with --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
         log.error("cannot listen on %s: %s%s", where, os.strerror(error.errno or 0), hint)
         return 1
+    reports.cancel()
     log.info("stopped")
     return 0
 
 
-async def reload(one: Supervisor) -> None:
+async def reload(one: Supervisor, notifier: Notifier) -> None:
     """Take over the settings anew, as SIGHUP asks; a bad configuration is logged and changes nothing."""
-    with contextlib.suppress(ConfigInvalid):
-        await one.live.reload("SIGHUP")
+    notifier.reloading()
+    try:
+        with contextlib.suppress(ConfigInvalid):
+            await one.live.reload("SIGHUP")
+    finally:
+        notifier.ready(summary(one))
+
+
+async def report(one: Supervisor, notifier: Notifier) -> None:
+    """Tell systemd again and again how we do; its watchdog hears of us only while models are started as they must."""
+    while notifier.is_on:
+        await asyncio.sleep(notifier.pause)
+        if one.fleet.scheduler.closing:
+            notifier.alive("running answers may finish")
+        elif problems := one.fleet.problems():
+            notifier.ill("; ".join(problems))
+        else:
+            notifier.alive(summary(one))
+
+
+def summary(one: Supervisor) -> str:
+    """Return in a few words what goes on."""
+    entries = one.fleet.scheduler.entries.values()
+    running, waiting = (sum(len(getattr(entry, name)) for entry in entries) for name in ("leases", "waiters"))
+    models = ", ".join(one.fleet.running()) or "no model"
+    text = f"{models} loaded; {running} requests run, {waiting} wait"
+    return f"bad configuration, see the log; {text}" if one.live.problems else text
 
 
 def has_terminal() -> bool:

@@ -20,6 +20,7 @@ from supervisor.cli_atlas import atlas
 from supervisor.cli_key import key
 from supervisor.cli_models import load, logs, models, status, unload
 from supervisor.cli_options import client, client_options, config_option, example, json_option
+from supervisor.cli_service import install_service
 from supervisor.console import console, duration, print_json, safe, say, table
 from supervisor.errors import ConfigError, SupervisorError
 
@@ -140,7 +141,7 @@ def cli() -> None:
     """
 
 
-for command in (status, models, load, unload, logs, key, atlas):
+for command in (status, models, load, unload, logs, key, atlas, install_service):
     cli.add_command(command)
 
 
@@ -255,7 +256,7 @@ def pull(name: str, config: Path | None, directory: Path | None, as_json: bool) 
 @config_option
 @json_option
 def doctor(config: Path | None, as_json: bool) -> int:
-    """Look at what is here, what is missing and what to do about it."""
+    """Look at what is here, and what to do about what is not."""
     from supervisor.config import Config  # noqa: PLC0415
     from supervisor.settings import load as load_settings  # noqa: PLC0415
     from supervisor.setup import doctor as examination  # noqa: PLC0415

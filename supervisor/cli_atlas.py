@@ -22,7 +22,7 @@ Json = dict[str, Any]
 
 @click.group("atlas", epilog=example("atlas status", "atlas eval --model smollm2.gguf --text book.txt"))
 def atlas() -> None:
-    """Look after the long-context memory, its sessions and files."""
+    """Look after the long-context memory and its files."""
 
 
 for command in (evaluate, load, prune, remove, reset, save, status):

@@ -246,9 +246,12 @@ class Child:
         message = f"model {self.model!r}: {what}"
         return StartFailed(f"{message}; its last log lines:\n{tail}" if tail else message, param="model")
 
-    async def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """Make a request to the child: (status, body). Raises `OSError` or `UpstreamClosed`."""
-        connection = await self.pool.acquire()
+    async def call(self, method: str, path: str, body: bytes = b"", *, fresh: bool = False) -> tuple[int, bytes]:
+        """Make a request to the child, on a new connection if that must be: (status, body).
+
+        Raises `OSError` or `UpstreamClosed`.
+        """
+        connection = await self.pool.acquire(fresh=fresh)
         try:
             await connection.send(method, path, [("Host", "localhost")], body)
             await connection.head()
@@ -262,7 +265,7 @@ class Child:
     async def answers(self, seconds: float) -> bool:
         """Tell whether it shows life within so many seconds: it answers /health, or sends something to anybody."""
         try:
-            await asyncio.wait_for(self.call("GET", "/health"), seconds)
+            await asyncio.wait_for(self.call("GET", "/health", fresh=True), seconds)
         except (OSError, UpstreamClosed, TimeoutError):
             return self.pool.heard()
         return True

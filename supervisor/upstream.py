@@ -266,11 +266,11 @@ class Pool:
         self._open: set[Connection] = set()
         self._cut = False
 
-    async def acquire(self) -> Connection:
-        """Return an open connection. Raises `OSError` when the child does not listen."""
+    async def acquire(self, *, fresh: bool = False) -> Connection:
+        """Return an open connection, a new one if it must be `fresh`. Raises `OSError` when the child does not listen."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        while self._idle:
+        while self._idle and not fresh:
             since, connection = self._idle.pop()
             if not connection.closed and now - since < IDLE_SECONDS:
                 connection.reused = True

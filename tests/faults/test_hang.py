@@ -9,8 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.append(str(Path(__file__).parents[1] / "native"))
 from test_life import begin_stream, child_pid, kill_when_busy, until
 
@@ -88,13 +86,12 @@ async def test_a_child_without_its_socket_is_replaced(start, smollm2):
     assert child_pid(running, "a") != pid
 
 
-@pytest.mark.timeout(120)
 async def test_a_child_that_only_works_hard_is_left_alone(start, smollm2):
-    """A prompt of some thousand tokens, on one thread and with many requests at once."""
-    running = await start({"a": smollm2}, performance={"context_size": 8192, "threads": 1, "parallel": 2})
+    """Two prompts of a thousand tokens at once, on one thread."""
+    running = await start({"a": smollm2}, performance={"context_size": 4096, "threads": 1, "parallel": 2})
     await running.chat("a", max_tokens=1)
     pid = child_pid(running, "a")
-    prompt = "The quick brown fox jumps over the lazy dog. " * 350
+    prompt = "The quick brown fox jumps over the lazy dog. " * 100
     answers = await asyncio.gather(
         *(running.json("POST", "/completion", {"model": "a", "prompt": prompt + x, "n_predict": 1}) for x in "ab")
     )

@@ -260,6 +260,8 @@ class Child:
                 answer += chunk
             return connection.status, answer
         finally:
+            if fresh:
+                connection.close()
             self.pool.release(connection)
 
     async def answers(self, seconds: float) -> bool:

@@ -267,7 +267,7 @@ class Pool:
         self._cut = False
 
     async def acquire(self, *, fresh: bool = False) -> Connection:
-        """Return an open connection, a new one if it must be `fresh`. Raises `OSError` when the child does not listen."""
+        """Return an open connection, a new one if `fresh`. Raises `OSError` when the child does not listen."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         while self._idle and not fresh:

@@ -230,3 +230,28 @@ async def test_a_large_request_body_arrives_whole(serve):
     assert head.startswith(b"POST /x?y=1 HTTP/1.1\r\nX-Name: wert\r\nContent-Length: 2097152\r\n")
     assert body == b"z" * 8 * HIGH_WATER
     pool.cut()
+
+
+async def test_a_fresh_connection_is_new_and_the_idle_one_stays(serve):
+    opened = 0
+
+    async def handle(reader, writer):
+        nonlocal opened
+        opened += 1
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(OK + b"Content-Length: 0\r\n\r\n")
+
+    pool = await serve(handle)
+    connections = []
+    for fresh in (False, True, False):
+        connection = await pool.acquire(fresh=fresh)
+        connections.append(connection)
+        await connection.send("GET", "/", [], b"")
+        await connection.head()
+        assert await connection.read() == b""
+        if fresh:
+            connection.close()
+        pool.release(connection)
+    assert connections[2] is connections[0] is not connections[1]
+    assert (opened, len(pool._idle)) == (2, 1)
+    pool.cut()

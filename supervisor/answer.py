@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import deque
 from collections.abc import Iterable
 from time import monotonic
@@ -10,9 +12,12 @@ from typing import Final
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.helpers import rfc822_formatted_time
 
+from supervisor.live import stall_seconds
 from supervisor.request_id import HEADER as ID_HEADER
 from supervisor.request_id import id_of
 from supervisor.upstream import Connection
+
+log = logging.getLogger(__name__)
 
 HOP_BY_HOP: Final = frozenset(
     (
@@ -101,8 +106,33 @@ class Answer(web.StreamResponse):
         return not self._request.protocol.writing_paused
 
     async def drain(self) -> None:
-        """Wait until the client has taken most of what was written."""
-        await self._request.writer.drain()
+        """Wait until the client has taken most of what was written. One that takes nothing for long is cut off.
+
+        Raises `ConnectionError` then, or when it left.
+        """
+        if not self._request.protocol.writing_paused:
+            await self._request.writer.drain()  # notices a client that left
+            return
+        seconds = stall_seconds(self._request)
+        while True:
+            before = self._unsent()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._request.writer.drain()
+                    return
+            except TimeoutError:
+                if self._unsent() < before:
+                    continue
+            log.warning("%s: the client took nothing for %g s; it is cut off", self._request.path, seconds)
+            if self._transport is not None:
+                self._transport.abort()
+            raise ConnectionResetError("the client takes nothing")
+
+    def _unsent(self) -> int:
+        """Return how many bytes wait here for the client."""
+        if self._transport is None:
+            return 0
+        return self._transport.get_write_buffer_size()
 
     def break_off(self, error_event: bytes) -> None:
         """End an answer that goes no further: an event stream with an event, anything else by a cut."""

@@ -24,14 +24,14 @@ from supervisor.access import Access
 from supervisor.config import Config
 from supervisor.errors import ConfigInvalid, MethodNotAllowed, ModelNotFound, NotFound, SupervisorError
 from supervisor.fleet import Fleet
-from supervisor.live import Live
+from supervisor.live import LIVE, Live
 from supervisor.metrics import METRICS
 from supervisor.models.catalog import Catalog, Change
 from supervisor.notify import Notifier
 from supervisor.relay import error_response
 from supervisor.routes import admin, atlas, gate, models, streams
 from supervisor.routes import native as native_routes
-from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, LIVE, URLS
+from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, URLS
 from supervisor.runtime import Runtime, RuntimeFolderError
 from supervisor.settings import Settings
 from supervisor.setup import native
@@ -133,6 +133,7 @@ class Supervisor:
             access_log=None,
             handle_signals=False,
             shutdown_timeout=1.0,
+            keepalive_timeout=self.config.api.idle_seconds,
             max_line_size=HEADER_LIMIT,
             max_field_size=HEADER_LIMIT,
         )

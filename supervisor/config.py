@@ -185,6 +185,13 @@ class ApiSection(Section):
     max_body_mb: float = Field(
         256, gt=0, le=65536, allow_inf_nan=False, description="Largest request body in MiB; more is a 413."
     )
+    idle_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
+        75, description="How long a connection may stay open without a whole request head on it."
+    )
+    stall_seconds: Seconds = Field(
+        60,
+        description="How long a client may send nothing of a body or take nothing of an answer; 0: for ever.",
+    )
     keys_file: Path | None = Field(
         None, description="File of the API keys; default: `keys.json` in the user's configuration folder."
     )

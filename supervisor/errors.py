@@ -56,6 +56,14 @@ class BodyTooLarge(SupervisorError):
     code = "body_too_large"
 
 
+class BodyStalled(SupervisorError):
+    """The client stopped in the middle of the request body for `api.stall_seconds` (408)."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "body_stalled"
+
+
 class ModelNotFound(SupervisorError):
     """No model has that name (404). `near` holds names that look alike, best first."""
 

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from aiohttp import web
+
 from supervisor.access import Signature, signature
 from supervisor.config import Config
 from supervisor.errors import ConfigError, ConfigInvalid
@@ -25,6 +27,7 @@ FIXED: Final = (
     ("api", "keys_file"),
     ("api", "require_keys"),
     ("api", "max_body_mb"),
+    ("api", "idle_seconds"),
     ("logging", "directory"),
 )
 """Settings that only a new start takes over."""
@@ -138,3 +141,12 @@ def held(old: Config, new: Config) -> tuple[Config, list[str]]:
             differing.append(f"{section}.{key}")
             new = new.model_copy(update={section: getattr(new, section).model_copy(update={key: before})})
     return new, differing
+
+
+LIVE: Final = web.AppKey("live", Live)
+
+
+def stall_seconds(request: web.Request) -> float | None:
+    """Return how long the client of a request may stand still; None: for ever."""
+    live = request.app.get(LIVE)
+    return (live.settings.config.api.stall_seconds or None) if live is not None else None

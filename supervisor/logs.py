@@ -7,6 +7,8 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from aiohttp.http_exceptions import HttpProcessingError
+
 from supervisor.config import LoggingSection
 from supervisor.request_id import current
 
@@ -51,6 +53,12 @@ def set_up(settings: LoggingSection) -> None:
         root.addHandler(handler)
     set_level(settings)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").addFilter(_is_ours)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Leave out requests that are no HTTP: they are answered with 400, and anybody could fill the log with them."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def set_level(settings: LoggingSection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -277,6 +278,17 @@ async def test_log_lines_say_which_request_they_are_about(lines, open_front):
     mine = [line for line in map(json.loads, lines()) if line.get("request_id") == "mine"]
     assert any(line["message"].startswith(f"POST {CHAT}: 200 from model one after ") for line in mine)
     assert {"time", "level", "logger", "message"} <= mine[0].keys()
+
+
+async def test_what_is_no_http_is_not_logged(lines, open_front):
+    logs.set_up(LoggingSection(level="debug"))
+    url = urlsplit(open_front.supervisor.urls[0])
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    writer.write(b"\x16\x03\x01 what\r\n\r\n")
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+    assert not [line for line in lines() if "Traceback" in line or "Error handling" in line]
 
 
 def test_text_and_json(lines):

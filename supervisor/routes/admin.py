@@ -14,8 +14,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from supervisor import __version__
 from supervisor.access import permit
 from supervisor.errors import BadRequest, ModelNotFound
+from supervisor.live import LIVE
 from supervisor.metrics import METRICS, exposition
-from supervisor.routes.keys import ACCESS, CATALOG, FLEET, LIVE, URLS
+from supervisor.routes.keys import ACCESS, CATALOG, FLEET, URLS
 from supervisor.routes.native import pass_through, preflight
 from supervisor.routes.wrap import guarded
 from supervisor.scheduler import COUNTED, State

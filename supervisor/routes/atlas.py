@@ -16,7 +16,7 @@ from supervisor.models.catalog import Model
 from supervisor.relay import relay
 from supervisor.routes.keys import FLEET
 from supervisor.routes.native import find_model, pass_through, preflight
-from supervisor.routes.wrap import guarded, json_object
+from supervisor.routes.wrap import body_of, guarded, json_object
 from supervisor.scheduler import State
 
 FILES, INFO, EVENTS = "/v1/atlas/memory", "/v1/atlas/memory/info", "/v1/atlas/metrics/stream"
@@ -44,7 +44,7 @@ async def file_info(request: web.Request) -> web.StreamResponse:
 @guarded
 async def delete_file(request: web.Request) -> web.StreamResponse:
     """DELETE /v1/atlas/memory?file=: a file, its backups, and the session where a slot holds it."""
-    body = await request.read() if request.body_exists else b""
+    body = await body_of(request) if request.body_exists else b""
     model = find_model(request, body)
     state = request.app[FLEET].scheduler.entry(model.id).state
     if state in (State.DRAINING, State.STOPPING) or _answers(request, model):

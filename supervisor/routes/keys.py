@@ -9,7 +9,6 @@ from aiohttp import web
 
 from supervisor.access import Access
 from supervisor.fleet import Fleet
-from supervisor.live import Live
 from supervisor.models.catalog import Catalog
 
 
@@ -23,6 +22,5 @@ class Conversation(NamedTuple):
 ACCESS = web.AppKey("access", Access)
 CATALOG = web.AppKey("catalog", Catalog)
 FLEET = web.AppKey("fleet", Fleet)
-LIVE = web.AppKey("live", Live)
 CONVERSATIONS: web.AppKey[OrderedDict[str, Conversation]] = web.AppKey("conversations", OrderedDict)
 URLS: web.AppKey[list[str]] = web.AppKey("urls", list)

@@ -17,7 +17,7 @@ from supervisor.models.catalog import Model
 from supervisor.relay import relay
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.streams import remember
-from supervisor.routes.wrap import guarded
+from supervisor.routes.wrap import body_of, guarded
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def find_model(request: web.Request, body: bytes) -> Model:
 async def pass_through(request: web.Request) -> web.StreamResponse:
     """Relay a request to the child of its model, starting that if need be."""
     app = request.app
-    body = await request.read() if request.body_exists else b""
+    body = await body_of(request) if request.body_exists else b""
     fleet = app[FLEET]
     model = find_model(request, body)
     start = request.path not in OBSERVING or request.method == "POST"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
-from supervisor.errors import BadRequest, BodyTooLarge, SupervisorError
+from supervisor.errors import BadRequest, BodyStalled, BodyTooLarge, SupervisorError
+from supervisor.live import stall_seconds
 from supervisor.relay import error_response
 from supervisor.request_id import id_of
 
@@ -33,10 +36,28 @@ def guarded(handler: Handler) -> Handler:
     return wrapped
 
 
+async def body_of(request: web.Request) -> bytes:
+    """Return the request's body. Raises `BodyStalled` when its client stops in the middle of it."""
+    content = request.content
+    seconds = stall_seconds(request)
+    if content.is_eof() or seconds is None:  # nearly always it is all there
+        return await request.read()
+    reading = asyncio.ensure_future(request.read())
+    try:
+        while True:
+            before = content.total_bytes
+            if (await asyncio.wait({reading}, timeout=seconds))[0]:
+                return reading.result()
+            if content.total_bytes == before:
+                raise BodyStalled(f"no byte of the request body came for {seconds:g} s (api.stall_seconds)")
+    finally:
+        reading.cancel()
+
+
 async def json_object(request: web.Request) -> dict[str, Any]:
     """Return the body as a JSON object. Raises `BadRequest`."""
     try:
-        body = await request.json()
+        body = json.loads(await body_of(request))
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the request body is not valid JSON: {error}") from error
     if not isinstance(body, dict):

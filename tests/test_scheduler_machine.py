@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -46,6 +47,7 @@ class Machine(RuleBasedStateMachine):
     def set_up(self, overlap: int, pinned: set[str]) -> None:
         self.s = Scheduler(Limits(max_loaded=2, overlap=overlap, max_wait=5, queue_limit=8, queue_timeout=50, drain=20))
         self.pinned = pinned
+        self.allowed = {"counted": 2, "occupied": 2 + overlap}
 
     def carry_out(self, decisions: list[Decision]) -> None:
         for decision in decisions:
@@ -111,6 +113,10 @@ class Machine(RuleBasedStateMachine):
             self.children[model] = 0
             self.carry_out(self.s.failed(model, BOOM, self.now))
 
+    @rule(most=st.integers(1, 3))
+    def other_limits(self, most: int) -> None:
+        self.carry_out(self.s.set_limits(replace(self.s.limits, max_loaded=most), self.now))
+
     @rule(seconds=st.floats(0.01, 30))
     def time_passes(self, seconds: float) -> None:
         end = self.now + seconds
@@ -130,9 +136,14 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def budget_holds(self) -> None:
+        """Where the limit was lowered, no more start until those that are too many have gone."""
         occupied = [e for e in self.s.entries.values() if e.state in OCCUPYING]
-        assert sum(e.state in COUNTED for e in occupied) <= self.s.limits.max_loaded
-        assert len(occupied) <= self.s.limits.max_loaded + self.s.limits.overlap
+        most = self.s.limits.max_loaded
+        found = {"counted": sum(e.state in COUNTED for e in occupied), "occupied": len(occupied)}
+        limits = {"counted": most, "occupied": most + self.s.limits.overlap}
+        for name, number in found.items():
+            assert number <= max(self.allowed[name], limits[name])
+            self.allowed[name] = max(number, limits[name])
         assert {e.model for e in occupied} == {m for m, n in self.children.items() if n}
 
     @invariant()
@@ -141,11 +152,15 @@ class Machine(RuleBasedStateMachine):
         wanting = sum(e.state is State.ABSENT and (bool(e.waiters) or e.wanted) for e in entries)
         if not wanting:
             return
-        full = sum(e.state in OCCUPYING for e in entries) == limits.max_loaded + limits.overlap
-        assert full or sum(e.state in COUNTED for e in entries) == limits.max_loaded, "who could start does not wait"
+        full = sum(e.state in OCCUPYING for e in entries) >= limits.max_loaded + limits.overlap
+        assert full or sum(e.state in COUNTED for e in entries) >= limits.max_loaded, "who could start does not wait"
         idle = any(e.state is State.READY and not e.leases and not e.pinned for e in entries)
         staying = sum(e.state in STAYING for e in entries)
         assert not idle or wanting <= limits.max_loaded - staying, "an idle model makes room"
+
+    @invariant()
+    def nothing_is_overdue(self) -> None:
+        assert self.s.overdue(self.now) == []
 
     @invariant()
     def calm_means_that_nothing_is_due(self) -> None:

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 OWN_FLAGS = frozenset({"-m", "--model", "--host", "--port", "-mm", "--mmproj", "--models-dir", "-hf", "--hf-repo"})
 """Child flags that the supervisor sets itself; `args` may not repeat them."""
 
+ENV_PREFIX = "LLAMA_SUPERVISOR_"
+DELIMITER = "__"
+"""How the environment's variables are called: the prefix, the section, the delimiter, the key, in capitals."""
+
 Seconds = Annotated[float, Field(ge=0, le=86400 * 365, allow_inf_nan=False)]
 
 

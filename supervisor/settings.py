@@ -12,17 +12,14 @@ from typing import Any, NamedTuple
 import platformdirs
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from supervisor import config_file, explain
-from supervisor.config import Config, ModelOverride, sections
+from supervisor.config import DELIMITER, ENV_PREFIX, Config, ModelOverride, sections
 from supervisor.config_file import Keys, dotted
 from supervisor.errors import ConfigError
 
 __all__ = ["ENV_PREFIX", "Row", "Settings", "changed", "load", "locate", "show"]
 
-ENV_PREFIX = "LLAMA_SUPERVISOR_"
-DELIMITER = "__"
 MAX_PROBLEMS = 50
 
 OVERRIDES = ("models", "overrides")
@@ -140,32 +137,6 @@ def _field(keys: Keys) -> FieldInfo:
     return sections()[str(keys[0])].model_fields[str(keys[1])]
 
 
-class _Variables(BaseSettings, Config):
-    """The configuration as pydantic-settings sees it."""
-
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter=DELIMITER)
-
-
-class _Variable(EnvSettingsSource):
-    """One environment variable; lists and objects in it are strict JSON, as in the file."""
-
-    def __init__(self, name: str, value: str) -> None:
-        super().__init__(_Variables)
-        self.env_vars = {name.lower(): value}
-
-    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """Parse a list or an object; raises ValueError with all mistakes."""
-        try:
-            data, problems = config_file.parse(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'not JSON at character {error.pos + 1}: {error.msg}; example: ["a", "b"]') from None
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        if problems:
-            raise ValueError("; ".join(problems))
-        return data
-
-
 def _from_file(path: Path, label: str, problems: list[str]) -> Values:
     """Return what the configuration file sets, or add its mistakes to `problems`."""
     try:
@@ -189,10 +160,12 @@ def _from_variable(name: str, value: str, cwd: Path, problems: list[str]) -> Val
         return {}
     if value == "null":
         return _validated({section: {key: None}}, cwd, label, problems, named=True)
+    from supervisor.variables import parsed  # noqa: PLC0415 (large, and most have no variables)
+
     try:
-        data = _Variable(name, value)()
-    except SettingsError as error:
-        problems.append(f"{label}: {error.__cause__ or error}")
+        data = parsed(name, value)
+    except ValueError as error:
+        problems.append(f"{label}: {error}")
         return {}
     is_text = isinstance(data[section][key], str)
     return _validated(data, cwd, label, problems, strict=not is_text, named=True)

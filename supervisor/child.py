@@ -219,6 +219,8 @@ class Child:
         """
         ended = asyncio.ensure_future(process.wait())
         try:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)  # one that was stopped could neither save nor exit
             stdin = process.stdin
             if self._spoke and self._ready.is_set() and stdin is not None and not stdin.is_closing():
                 stdin.write(EXIT_COMMAND)

@@ -21,13 +21,14 @@ _current: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 def id_of(request: web.Request) -> str:
     """Return the id of a request: the client's own if it is fit for a log, else a new one. Log lines name it."""
-    found = request.get(_ID)
-    if found is None:
+    try:
+        return request[_ID]
+    except KeyError:
         sent = request.headers.get(HEADER)
         found = sent if sent is not None and _good(sent) else f"{_process}-{next(_count):x}"
         request[_ID] = found
         _current.set(found)
-    return found
+        return found
 
 
 def current() -> str | None:

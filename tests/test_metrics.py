@@ -186,6 +186,13 @@ async def test_ready(open_front):
     assert (status, answer["components"]["models"]["status"]) == (200, "degraded")
 
 
+async def test_who_has_no_key_learns_no_names(front):
+    front.supervisor.catalog.problems.append("/srv/secret cannot be read")
+    status, answer = await readiness(front)
+    assert (status, answer["components"]["models"]) == (200, {"status": "degraded"})
+    assert "secret" not in json.dumps(answer)
+
+
 async def test_not_ready_without_a_llama_server(open_front):
     open_front.supervisor.fleet.binary = lambda: None
     status, answer = await readiness(open_front)

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import asdict
 from http import HTTPStatus
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -40,9 +41,10 @@ async def ready(request: web.Request) -> web.StreamResponse:
     server = [] if fleet.binary() is not None else ["there is no llama-server: run `llama-supervisor build`"]
     components = {"scheduler": scheduler, "llama_server": server, "models": catalog.problems, "keys": access.problems}
     good = not scheduler and not server
-    described = {
-        name: {"status": "degraded" if found else "ok", "problems": found} for name, found in components.items()
-    }
+    described: dict[str, dict[str, Any]] = {
+        name: {"status": "degraded" if found else "ok"} | ({"problems": found} if not access.on else {})
+        for name, found in components.items()
+    }  # anybody may ask, and with keys not everybody may know folders and models
     body = {"status": "ok" if good else "unavailable", "components": described}
     return web.json_response(body, status=HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
 
@@ -90,7 +92,7 @@ async def status(request: web.Request) -> web.StreamResponse:
             },
             "models_directory": str(settings.config.models.directory),
             "keys_required": request.app[ACCESS].on,
-            "problems": [*live.problems, *catalog.problems, *request.app[ACCESS].problems],
+            "problems": [*fleet.problems(), *live.problems, *catalog.problems, *request.app[ACCESS].problems],
             "restart_needed": live.restart_needed,
             "loaded": sum(entry.state in COUNTED for entry in entries),
             "max_loaded": fleet.scheduler.limits.max_loaded,

@@ -64,6 +64,19 @@ async def test_another_model_is_served_while_one_hangs(start, smollm2, gemma3):
     response.close()
 
 
+async def test_a_stopped_child_makes_room_without_being_killed(start, smollm2, native_server, short_tmp, caplog):
+    """It can still save its memory. The name of the link says nothing of the build, so the exit is waited for."""
+    (short_tmp / "stock").symlink_to(native_server)
+    server = {"llama_server": short_tmp / "stock"}
+    running = await start({"a": smollm2, "b": smollm2}, models={"max_loaded_models": 1}, server=server)
+    await running.chat("a", max_tokens=1)
+    os.kill(child_pid(running, "a"), signal.SIGSTOP)
+    status, _ = await running.chat("b", max_tokens=1)
+    assert status == 200
+    assert "did not stop in" not in caplog.text
+    assert running.supervisor.fleet.scheduler.entry("a").restarts == 0
+
+
 async def test_a_child_that_is_stopped_while_it_loads_is_given_up(start, smollm2):
     running = await start({"a": smollm2})
     answer = asyncio.create_task(running.chat("a", max_tokens=1))

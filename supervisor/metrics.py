@@ -7,7 +7,9 @@ Nothing here takes a lease, so a scrape neither loads a model nor keeps it awake
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
@@ -19,7 +21,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -38,7 +40,9 @@ SCRAPE_SECONDS: Final = 1.0
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge beside each counter that says when it began, in every process anew
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+BOUNDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Upper bounds of the histograms' buckets in seconds."""
+
 _BY_MODEL: Final = ("model",)
 
 Families = list[Metric]
@@ -49,74 +53,114 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter(
-            "requests",
-            "Requests that a child was asked; status 499: the client left first.",
-            "model",
-            "route",
-            "status",
+        self.errors = Counter(
+            PREFIX + "errors",
+            "Errors of the supervisor itself, by the code in their envelope.",
+            ["code"],
+            registry=None,
         )
-        self.errors = self._counter("errors", "Errors of the supervisor itself, by the code in their envelope.", "code")
-        self.retries = self._counter(
-            "retries", "Requests that were asked again because a child died before it answered.", "model"
+        self.retries = Counter(
+            PREFIX + "retries", "Requests that were sent again, as their child died.", _BY_MODEL, registry=None
         )
-        self.tokens = self._counter(
-            "tokens", "Tokens that answers told of, by kind: prompt (computed), cached, generated.", "model", "kind"
+        self.load = Histogram(
+            PREFIX + "model_load_seconds",
+            "From the start of a child until it could serve.",
+            _BY_MODEL,
+            registry=None,
+            buckets=BOUNDS,
         )
-        self.queue = self._histogram("queue_seconds", "Wait of a request for its model, loading included.")
-        self.first_token = self._histogram(
-            "time_to_first_token_seconds", "From the request to the first event of its stream, waiting included."
-        )
-        self.duration = self._histogram("request_seconds", "From the request to the end of its answer.")
-        self.load = self._histogram("model_load_seconds", "From the start of a child until it could serve.")
-        self._series: dict[str, ModelSeries] = {}
+        self.series: dict[str, ModelSeries] = {}
+        for collector in (self.errors, self.retries, self.load, RequestCollector(self)):
+            self.registry.register(collector)
         ProcessCollector(registry=self.registry)
 
     def of(self, model: str) -> ModelSeries:
         """Return the series of one model."""
-        series = self._series.get(model)
+        series = self.series.get(model)
         if series is None:
-            series = self._series[model] = ModelSeries(self, model)
+            series = self.series[model] = ModelSeries()
         return series
-
-    def _counter(self, name: str, help_: str, *labels: str) -> Counter:
-        return Counter(PREFIX + name, help_, labels, registry=self.registry)
-
-    def _histogram(self, name: str, help_: str) -> Histogram:
-        return Histogram(PREFIX + name, help_, _BY_MODEL, buckets=_SECONDS, registry=self.registry)
 
 
 METRICS: Final = web.AppKey("metrics", Metrics)
 
 
-class ModelSeries:
-    """One model's counters with their labels bound: binding takes longer than counting."""
+class Tally:
+    """A histogram: how many values fell under each of `BOUNDS` but not the one before, and their sum."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self._metrics = metrics
-        self._model = model
-        self._queue = metrics.queue.labels(model)
-        self._first_token = metrics.first_token.labels(model)
-        self._duration = metrics.duration.labels(model)
-        self._tokens = tuple(metrics.tokens.labels(model, kind) for kind in Tokens._fields)
-        self._requests: dict[tuple[str, int], Counter] = {}
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(BOUNDS, value)] += 1
+        self.total += value
+
+
+class ModelSeries:
+    """What is counted for one model on each request's way: plain numbers, for the library's take ten times as long."""
+
+    def __init__(self) -> None:
+        self.requests: dict[tuple[str, int], int] = {}  # by route and status
+        self.tokens = [0, 0, 0]  # as in Tokens
+        self.queue, self.first_token, self.duration = Tally(), Tally(), Tally()
 
     def count(
         self, route: str, status: int, *, waited: float, took: float, first: float | None, tokens: Tokens
     ) -> None:
         """Count a request that has ended; `waited`, `took` and `first` in seconds since it came."""
-        counter = self._requests.get((route, status))
-        if counter is None:
-            counter = self._requests[route, status] = self._metrics.requests.labels(self._model, route, str(status))
-        counter.inc()
-        self._queue.observe(waited)
-        self._duration.observe(took)
+        key = route, status
+        self.requests[key] = self.requests.get(key, 0) + 1
+        self.queue.add(waited)
+        self.duration.add(took)
         if first is not None:
-            self._first_token.observe(first)
-        for series, number in zip(self._tokens, tokens, strict=True):
-            if number:
-                series.inc(number)
+            self.first_token.add(first)
+        for kind, number in enumerate(tokens):
+            self.tokens[kind] += number
 
+
+class RequestCollector(Collector):
+    """The series that are counted while requests pass."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._series = metrics.series
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families."""
+        requests = CounterMetricFamily(
+            PREFIX + "requests",
+            "Requests that a child was asked; status 499: the client left first.",
+            labels=["model", "route", "status"],
+        )
+        tokens = CounterMetricFamily(
+            PREFIX + "tokens",
+            "Tokens that answers told of, by kind: prompt (computed), cached, generated.",
+            labels=["model", "kind"],
+        )
+        for model, series in self._series.items():
+            for (route, status), number in series.requests.items():
+                requests.add_metric([model, route, str(status)], number)
+            for kind, number in zip(Tokens._fields, series.tokens, strict=True):
+                tokens.add_metric([model, kind], number)
+        yield requests
+        yield tokens
+        for name, told, tally in _TALLIES:
+            family = HistogramMetricFamily(PREFIX + name, told, labels=_BY_MODEL)
+            for model, series in self._series.items():
+                found = tally(series)
+                sums = zip([*map(str, BOUNDS), "+Inf"], accumulate(found.counts), strict=True)
+                family.add_metric([model], list(sums), found.total)
+            yield family
+
+
+_TALLIES: tuple[tuple[str, str, Callable[[ModelSeries], Tally]], ...] = (
+    ("queue_seconds", "Wait of a request for its model, loading included.", lambda series: series.queue),
+    ("time_to_first_token_seconds", "From a request to its stream's first event.", lambda series: series.first_token),
+    ("request_seconds", "From the request to the end of its answer.", lambda series: series.duration),
+)
 
 _Value = Callable[[Entry], float]
 

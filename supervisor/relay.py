@@ -96,7 +96,8 @@ def _count(request: web.Request, lease: Lease, status: int, answer: Answer | Non
     route = request.match_info.route.resource
     tokens, first = Tokens(), None
     if answer is not None and answer.first_at is not None and status == HTTPStatus.OK:
-        tokens = told(answer.head[:EDGE], b"".join(answer.tail)[-EDGE:])
+        tail = answer.tail[0] if len(answer.tail) == 1 else b"".join(answer.tail)
+        tokens = told(answer.head[:EDGE], tail[-EDGE:])
         first = answer.first_at - lease.asked_at if answer.is_events else None
     took = now - lease.asked_at
     name = route.canonical if route is not None else ""

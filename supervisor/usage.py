@@ -27,6 +27,11 @@ _SILENT: Final = frozenset(("/embedding", "/embeddings", "/rerank", "/reranking"
 
 _NUMBER = re.compile(rb'"(\w+)":\s?(\d{1,12})(?!\d)')
 
+_TIMINGS = re.compile(
+    rb'"timings":\s?\{"cache_n":\s?(\d{1,12}),\s?"prompt_n":\s?(\d{1,12}),[^{}]{1,300}"predicted_n":\s?(\d{1,12})'
+)
+"""What nearly every answer has. It is never part of a text that a model wrote, as in `_objects`."""
+
 Numbers = dict[bytes, int]
 
 
@@ -43,6 +48,8 @@ def told(head: bytes, tail: bytes) -> Tokens:
 
     For the metrics: it must cost next to nothing, so what stands in the middle of a long answer is not found.
     """
+    if timings := _TIMINGS.search(tail):
+        return Tokens(int(timings[2]), int(timings[1]), int(timings[3]))
     for text, name in ((tail, b'"timings":'), (head, b'"timings":'), (tail, b'"usage":'), (head, b'"usage":')):
         if name in text and (found := _objects(text, name)):
             numbers = found[-1]

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from aiohttp import web
-from prometheus_client import Counter, Histogram
 
 from supervisor import errors
 from supervisor.metrics import FleetCollector, Metrics
 from supervisor.routes import admin, atlas, models, native, streams
 from supervisor.scheduler import Limits, Scheduler
+from supervisor.usage import Tokens
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -48,16 +48,24 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
     documented = dict(
         re.findall(r"^\| `(llama_supervisor_\w+)` \| ([^|]*) \|", (DOCS / "api.md").read_text(), re.MULTILINE)
     )
-    made = Metrics()
-    fleet = SimpleNamespace(scheduler=Scheduler(Limits()), children={})
-    made.registry.register(FleetCollector(fleet))
-    there = {one.name + ("_total" if one.type == "counter" else "") for one in made.registry.collect()}
-    there = {name for name in there if not name.startswith("process_")} | {"llama_supervisor_model_scraped"}
-    assert documented.keys() == there
-    for name, counter in vars(made).items():
-        if isinstance(counter, Counter | Histogram):
-            labels = ", ".join(f"`{label}`" for label in counter._labelnames)
-            assert labels in documented.values(), name
+    made, scheduler = Metrics(), Scheduler(Limits())
+    scheduler.entry("m")
+    made.registry.register(FleetCollector(SimpleNamespace(scheduler=scheduler, children={"m": Process()})))
+    made.of("m").count("/x", 200, waited=0.0, took=0.0, first=0.0, tokens=Tokens(1, 1, 1))
+    made.errors.labels("x").inc()
+    made.retries.labels("m").inc()
+    made.load.labels("m").observe(1)
+    there = {"llama_supervisor_model_scraped": "`model`"}
+    for family in made.registry.collect():
+        if not family.name.startswith("process_"):
+            labels = ", ".join(f"`{label}`" for label in family.samples[0].labels if label != "le")
+            there[family.name + ("_total" if family.type == "counter" else "")] = labels
+    assert documented == there
+
+
+class Process:
+    def rss(self) -> int:
+        return 1
 
 
 def test_local_links_lead_somewhere():

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from supervisor.errors import ChildFailed
-from supervisor.metrics import Metrics, ModelSeries
+from supervisor.metrics import ModelSeries
 from supervisor.relay import relay
 from supervisor.routes.wrap import guarded
 from supervisor.upstream import HIGH_WATER, Pool
@@ -50,7 +50,7 @@ class FakeLease:
     ended: list[bool] = field(default_factory=list)
     asked_at: float = 0.0
     granted_at: float = 0.0
-    series: ModelSeries = field(default_factory=lambda: Metrics().of("m"))
+    series: ModelSeries = field(default_factory=ModelSeries)
 
     def release(self, *, ok: bool = True) -> None:
         self.ended.append(ok)

@@ -171,15 +171,15 @@ async def pass_through(request: web.Request) -> web.StreamResponse:
         start = start and request.query.get("autoload", "").lower() not in _FALSE
     if "X-Conversation-Id" in request.headers:
         remember(request, model.id)
-    again = may_repeat(request, body)
+    first = True
     while True:
         try:
             lease = await fleet.acquire(model.id, start=start)
             return await relay(request, body, lease)
         except ChildDied as died:
-            if not again:
+            if not first or not may_repeat(request, body):
                 raise
-            again = False
+            first = False
             log.warning("%s; asking a fresh one", died.message.partition("\n")[0])
             fleet.metrics.retries.labels(model.id).inc()
             await fleet.until_gone(model.id)

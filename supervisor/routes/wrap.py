@@ -39,8 +39,7 @@ def guarded(handler: Handler) -> Handler:
 async def body_of(request: web.Request) -> bytes:
     """Return the request's body. Raises `BodyStalled` when its client stops in the middle of it."""
     content = request.content
-    seconds = stall_seconds(request)
-    if content.is_eof() or seconds is None:  # nearly always it is all there
+    if content.is_eof() or (seconds := stall_seconds(request)) is None:  # nearly always it is all there
         return await request.read()
     reading = asyncio.ensure_future(request.read())
     try:

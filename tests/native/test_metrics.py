@@ -38,9 +38,9 @@ async def test_streams_in_each_dialect_tell_their_tokens(start, smollm2):
         "/v1/responses": {"input": "Hi", "max_output_tokens": 6, "stream": True, "ignore_eos": True},
         "/completion": {"prompt": "Hi", "n_predict": 6, "stream": True, "ignore_eos": True},
     }
-    tokens = running.supervisor.fleet.metrics.tokens.labels("a", "generated")
+    tokens = running.supervisor.fleet.metrics.of("a").tokens
     for number, (path, body) in enumerate(asked.items(), 1):
         async with running.http.post(running.url + path, json=body) as response:
             assert response.status == 200
             await response.read()
-        assert tokens._value.get() == 6 * number, path
+        assert tokens[2] == 6 * number, path

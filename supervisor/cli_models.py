@@ -72,6 +72,8 @@ def _print_supervisor(found: Json) -> None:
         say(f"{name + ':':<15}{value}")
     for problem in found.get("problems") or []:
         say(f"{'Problem:':<15}{problem}")
+    if needed := found.get("restart_needed"):
+        say(f"{'New start for:':<15}{', '.join(map(str, needed))}")
 
 
 def _state(model: Json) -> str:

@@ -49,6 +49,7 @@ STATUS: dict[str, Any] = {
     "version": "0.1.0", "pid": 7, "uptime_seconds": 4000.5, "state": "running", "config": None,
     "addresses": ["http://127.0.0.1:8080"], "native": {"path": "/x/llama-server", "build": "b11434", "ours": False},
     "models_directory": "/m", "problems": ["models folder \x1b[31m is slow"], "loaded": 1, "max_loaded": 3,
+    "restart_needed": ["server.port"],
     "models": [
         {"id": LONG, "state": "ready", "leases": 2, "waiting": 1, "pid": 9, "rss_bytes": 3 << 29, "idle_seconds": 0.2,
          "restarts": 0, "error": None, "pinned": True},
@@ -70,6 +71,7 @@ def test_status(fake: Fake) -> None:
     assert "[red]b" in result.stdout
     assert "starting text_model 50%" in result.stdout
     assert "    bad \\x1b[2J magic" in lines
+    assert "New start for: server.port" in lines
     assert "\x1b" not in result.stdout
     assert as_json(run("status", "--json", "--url", fake.url)) == STATUS
 

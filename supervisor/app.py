@@ -263,9 +263,11 @@ async def serve(settings: Settings, load: Load | None = None) -> int:
         if in_terminal and not has_terminal():
             on_signal(signal.SIGHUP)  # it was closed, and nobody could stop us any more
         elif running and not stop.is_set():
-            reloads.append(loop.create_task(reload(running[0], notifier)))
+            task = loop.create_task(reload(running[0], notifier))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
 
-    reloads: list[asyncio.Task[None]] = []
+    reloads: set[asyncio.Task[None]] = set()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it

@@ -171,7 +171,7 @@ def start(config: Path | None, as_json: bool, **options: Any) -> int:
     An option here wins over its environment variable, and that over the configuration file; every other
     setting has its place in those two.
     """
-    from supervisor import app  # noqa: PLC0415 (aiohttp is slow to import)
+    from supervisor import process  # noqa: PLC0415 (aiohttp is slow to import)
     from supervisor.settings import load as load_settings  # noqa: PLC0415
 
     given: dict[str, dict[str, Any]] = {}
@@ -184,9 +184,9 @@ def start(config: Path | None, as_json: bool, **options: Any) -> int:
         return load_settings(settings.path, given)  # the file of the start, also when it is gone by now
 
     if not as_json:
-        return app.run(settings, anew)
+        return process.run(settings, anew)
     with contextlib.redirect_stdout(sys.stderr):
-        code = app.run(settings, anew)
+        code = process.run(settings, anew)
     print_json({"exit_code": code} if code == 0 else {"error": {"message": "see the log", "type": "start_failed"}})
     return code
 

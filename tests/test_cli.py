@@ -203,8 +203,8 @@ def test_address_that_only_the_system_knows() -> None:
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> list[settings.Settings]:
-    """Put a fake in the place of `supervisor.app` and return what it is run with."""
-    from supervisor import app
+    """Put a fake in the place of `supervisor.process` and return what it is run with."""
+    from supervisor import process
 
     started: list[settings.Settings] = []
 
@@ -214,7 +214,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> list[settings.Settings]:
         print("banner")
         return 1 if given.config.server.port == 1 else 0
 
-    monkeypatch.setattr(app, "run", fake_run)
+    monkeypatch.setattr(process, "run", fake_run)
     return started
 
 
@@ -243,7 +243,7 @@ def test_start_without_options_keeps_the_configuration(app: list[settings.Settin
 
 def test_a_file_that_is_gone_is_missed_when_the_settings_are_loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the defaults would hold, or another file."""
-    from supervisor import app
+    from supervisor import process
 
     def fake_run(given: settings.Settings, load: Callable[[], settings.Settings]) -> int:
         Path("config.json").unlink()
@@ -251,7 +251,7 @@ def test_a_file_that_is_gone_is_missed_when_the_settings_are_loaded_anew(monkeyp
             load()
         return 0
 
-    monkeypatch.setattr(app, "run", fake_run)
+    monkeypatch.setattr(process, "run", fake_run)
     Path("config.json").write_text("{}")
     assert run("start").exit_code == 0
 

@@ -20,8 +20,9 @@ from memory_files import memory_file
 from test_access import World
 
 from supervisor import api_keys
-from supervisor.app import Supervisor, announce, is_loopback, supervisor
+from supervisor.app import Supervisor, supervisor
 from supervisor.config import Config
+from supervisor.process import announce, is_loopback
 from supervisor.routes.gate import NEEDS, name_of, needs
 from supervisor.settings import Settings
 

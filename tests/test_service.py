@@ -199,14 +199,14 @@ async def test_a_life_under_systemd(manager, short_tmp):
 
 
 async def test_the_watchdog_hears_nothing_while_models_are_not_started_as_they_must(manager, short_tmp, monkeypatch):
-    from supervisor import app
+    from supervisor import process
 
     notifier = Notifier({"NOTIFY_SOCKET": str(short_tmp / "notify"), "WATCHDOG_USEC": "30000"})
     world = World(short_tmp)
     async with AsyncExitStack() as stack:
         await world.start(stack)
         monkeypatch.setattr(world.fleet, "problems", lambda: ["stuck"])
-        telling = asyncio.create_task(app.report(world.supervisor, notifier))
+        telling = asyncio.create_task(process.report(world.supervisor, notifier))
         assert await asyncio.to_thread(manager.next) == {"STATUS": "stuck"}
         monkeypatch.undo()
         assert (await asyncio.to_thread(manager.until, "WATCHDOG"))["STATUS"].startswith("no model loaded; 0 requests")

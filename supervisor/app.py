@@ -22,9 +22,9 @@ from supervisor.live import LIVE, Live
 from supervisor.metrics import METRICS
 from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
-from supervisor.routes import admin, atlas, gate, models, streams
+from supervisor.routes import admin, atlas, gate, karen, models, streams
 from supervisor.routes import native as native_routes
-from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, URLS
+from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, SWITCHES, URLS, Switches
 from supervisor.runtime import Runtime
 from supervisor.settings import Settings
 from supervisor.setup import native
@@ -71,6 +71,7 @@ def make_app(live: Live, catalog: Catalog, fleet: Fleet, access: Access) -> web.
     atlas.add(app)
     streams.add(app)
     models.add(app)
+    karen.add(app)
     admin.add(app)
     app.router.add_route("*", "/{path:.*}", unrouted)
     return app
@@ -94,6 +95,7 @@ class Supervisor:
         self.live = Live(settings, load, self._apply_settings)
         self.urls: list[str] = []
         config = settings.config
+        self.switches = Switches(config.karen)
         self.runtime = Runtime(config.server.runtime_dir)
         self.access = Access(config.api)
         self.catalog = Catalog(config.models, self._on_change)
@@ -116,7 +118,7 @@ class Supervisor:
         self.access.start()
         self.runtime.open()
         app = make_app(self.live, self.catalog, self.fleet, self.access)
-        app[URLS] = self.urls
+        app[URLS], app[SWITCHES] = self.urls, self.switches
         self._runner = web.AppRunner(
             app,
             handler_cancellation=True,
@@ -186,6 +188,8 @@ class Supervisor:
             raise
         logs.set_level(config.logging)
         self.access.open_models = config.api.open_models
+        if config.karen != self.fleet.config.karen:  # else what POST /karen/config set stays
+            self.switches.karen = config.karen
         return self.fleet.apply_settings(config)
 
     def _on_change(self, change: Change) -> None:

@@ -115,11 +115,11 @@ class Client:
                         yield event
 
     def models(self, *, reload: bool = False) -> list[Json]:
-        """Return the models as `/v1/models` lists them; `reload` makes the supervisor look into its folder first."""
+        """Return the models as `/v1/models` lists them, without `auto`; `reload`: it looks into its folder first."""
         data = self.get("/v1/models?reload=1" if reload else "/v1/models").get("data")
         if not isinstance(data, list):
             raise NoSupervisor(f"what answers at {self.url} is no llama-supervisor")
-        return data
+        return [model for model in data if "alias_of" not in model]
 
     def find(self, name: str) -> Json | None:
         """Return the model with this id or alias, or None."""

@@ -180,7 +180,11 @@ class InferenceSection(Section):
 
 
 class KarenSection(Section):
-    """The KAREN integration; it has no settings yet."""
+    """What KAREN's extension may do with this supervisor; its own settings are KAREN's (docs/karen.md)."""
+
+    integration_enabled: bool = Field(True, description="Whether the extension may ask models here at all.")
+    enable_local_fallback: bool = Field(True, description="Whether it may answer where the remote model failed.")
+    context_awareness: bool = Field(True, description="Whether its conversations have long-context memories.")
 
 
 class ApiSection(Section):

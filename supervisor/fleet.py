@@ -16,7 +16,7 @@ from typing import Any
 from supervisor import atlas_folder, atlas_support, plan
 from supervisor.child import Child, describe_exit
 from supervisor.childlog import TAIL_LINES, ChildLog, file_name
-from supervisor.config import Config
+from supervisor.config import Config, PerformanceSection
 from supervisor.errors import ChildDied, ModelNotFound, StartFailed, SupervisorError
 from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
@@ -89,6 +89,7 @@ class Fleet:
         self.scheduler = Scheduler(limits(config, binary()), random.random)
         self.children: dict[str, Child] = {}
         self.logs: dict[str, ChildLog] = {}
+        self.parameters: dict[str, PerformanceSection] = {}
         self.binary = binary
         self._log_folder = log_folder
         self.patches = patches
@@ -171,12 +172,19 @@ class Fleet:
 
     # For people
 
-    def load(self, model: str) -> None:
-        """Start `model` when there is room; listen to the events to see how it goes."""
+    def load(self, model: str, parameters: PerformanceSection | None = None) -> None:
+        """Start `model` when there is room; listen to the events to see how it goes.
+
+        `parameters` hold until somebody unloads it. A child that runs with others ends after its running requests.
+        """
+        if parameters is not None and parameters != self.parameters.get(model):
+            self.parameters[model] = parameters
+            self._apply(self.scheduler.restart(model, self._now()))
         self._apply(self.scheduler.load(model, self._now()))
 
     def unload(self, model: str, *, force: bool = False) -> None:
         """Stop `model` after its running requests; at once with `force`."""
+        self.parameters.pop(model, None)
         self._apply(self.scheduler.unload(model, self._now(), force=force))
 
     def apply_change(self, change: Change) -> None:
@@ -223,7 +231,8 @@ class Fleet:
             folder = self._memory_folder(model)
         except StartFailed:
             return True
-        command = plan.command(Path(child.command[0]), model, self.config, child.socket, folder=folder)
+        config = plan.with_parameters(self.config, model.id, self.parameters.get(model.id))
+        command = plan.command(Path(child.command[0]), model, config, child.socket, folder=folder)
         return command != child.command or plan.override_for(self.config, model).env != child.environ
 
     def log_of(self, model: str) -> ChildLog:
@@ -382,7 +391,8 @@ class Fleet:
             raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
         self.scheduler.limits = limits(self.config, binary)  # there may be a newer build by now
         socket = self.runtime.new_socket()
-        command = plan.command(binary, model, self.config, socket, folder=self._memory_folder(model))
+        config = plan.with_parameters(self.config, model_id, self.parameters.get(model_id))
+        command = plan.command(binary, model, config, socket, folder=self._memory_folder(model))
         child = Child(model_id, command, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
         self.children[model_id] = child
         self._set_rules(self.scheduler.entry(model_id), model)

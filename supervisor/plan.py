@@ -157,6 +157,20 @@ def atlas_flags(atlas: AtlasSection, folder: Path | None = None) -> list[str]:
     return args
 
 
+def with_parameters(config: Config, model: str, parameters: PerformanceSection | None) -> Config:
+    """Return the settings with what was asked for when `model` was loaded; the model's own `args` still win."""
+    if parameters is None:
+        return config
+    asked = parameters.model_dump(exclude_unset=True)
+    overrides = dict(config.models.overrides)
+    if model in overrides and "context_size" in asked:
+        overrides[model] = overrides[model].model_copy(update={"context_size": None})
+    models = config.models.model_copy(update={"overrides": overrides})
+    return config.model_copy(
+        update={"performance": config.performance.model_copy(update=asked), "models": models},
+    )
+
+
 def stop_seconds(config: Config, model: Model) -> float:
     """Return how long the child of `model` may take to exit: one with a memory may have much to save."""
     saves = atlas_of(config, model).enabled != "off"

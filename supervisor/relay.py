@@ -6,9 +6,11 @@ Hop-by-hop headers stay, and API keys; of the key a child learns whose ATLAS ses
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 from time import monotonic
 
@@ -57,7 +59,7 @@ async def relay(request: web.Request, body: bytes, lease: Lease) -> web.StreamRe
     status = CLIENT_LEFT
     ok = False
     try:
-        connection = await _ask(request, body, lease, _headers(request, caller))
+        connection = await _ask(request.method, request.raw_path, body, lease, _headers(request, caller))
         answer = Answer(request, connection)
         status = connection.status
         ok = True
@@ -156,7 +158,41 @@ def _headers(request: web.Request, caller: Caller | None) -> Headers:
     return headers
 
 
-async def _ask(request: web.Request, body: bytes, lease: Lease, headers: Headers) -> Connection:
+@contextlib.asynccontextmanager
+async def exchange(request: web.Request, target: str, body: bytes, lease: Lease) -> AsyncIterator[Connection]:
+    """Post a body of our own to `target` for `request`; the block reads the answer, then the lease is released.
+
+    Raises `ChildFailed` when the child fails, also from within the block.
+    """
+    caller = caller_of(request)
+    headers = [("Host", "localhost"), ("Content-Type", "application/json"), (ID_HEADER, id_of(request))]
+    headers += [(OWNER_HEADER, caller.owner)] if caller is not None else []
+    connection: Connection | None = None
+    status = CLIENT_LEFT
+    ok = False
+    try:
+        connection = await _ask("POST", target, body, lease, headers)
+        status = connection.status
+        ok = True
+        yield connection
+    except asyncio.CancelledError:
+        if caller is not None and caller.counts_tokens:
+            caller.charge(len(body) // BYTES_PER_TOKEN)
+        raise
+    except (_Broken, UpstreamClosed) as error:
+        ok = False
+        reason = error.reason if isinstance(error, _Broken) else error
+        failure = await _failure(lease, reason)
+        status = failure.status
+        raise failure from error
+    finally:
+        if connection is not None:
+            lease.child.pool.release(connection)
+        lease.release(ok=ok)
+        _count(request, lease, status, None)
+
+
+async def _ask(method: str, target: str, body: bytes, lease: Lease, headers: Headers) -> Connection:
     """Send the request and wait for the head of the answer. Raises `_Broken`."""
     while True:
         try:
@@ -164,7 +200,7 @@ async def _ask(request: web.Request, body: bytes, lease: Lease, headers: Headers
         except OSError as error:
             raise _Broken(error) from error
         try:
-            await connection.send(request.method, request.raw_path, headers, body)
+            await connection.send(method, target, headers, body)
             await connection.head()
             return connection
         except UpstreamClosed as error:

@@ -223,7 +223,10 @@ MISTAKES: list[tuple[str, str]] = [
         "config.json: performance.gpu_layers: true is not a whole number, 'auto' or 'all'",
     ),
     ('{"monitoring": {"child_metrics": 1}}', "config.json: monitoring.child_metrics: 1 is not true or false"),
-    ('{"karen": {"x": 1}}', "config.json: karen.x: unknown key; 'karen' has no settings yet"),
+    (
+        '{"karen": {"x": 1}}',
+        "config.json: karen.x: unknown key; known here: integration_enabled, enable_local_fallback, context_awareness",
+    ),
     ('{"zzz": 1}', f"config.json: zzz: unknown key; known here: {SECTIONS}"),
     ('{"\\u001b[31m": 1}', rf"config.json: '\x1b[31m': unknown key; known here: {SECTIONS}"),
     ('{"server": {}, "server": {}}', "config.json: server: appears twice"),

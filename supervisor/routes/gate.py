@@ -44,9 +44,11 @@ NEEDS: dict[Need, str] = {
         GET /v1/atlas/status  GET /v1/atlas/config
         GET /v1/atlas/memory  GET /v1/atlas/memory/info  DELETE /v1/atlas/memory  DELETE /v1/atlas/memory/reset
         POST /v1/atlas/memory/save  POST /v1/atlas/memory/load
+        POST /inference  GET /karen/config
     """,
     "manage": """
-        POST /models/load  POST /models/unload  GET /models/sse
+        POST /models/load  POST /models/unload  POST /models/unload/{id}  GET /models/sse
+        POST /karen/config  GET /performance
         GET /api/v1/status  GET /api/v1/config  POST /api/v1/config/reload
         GET /api/v1/models/{id}/logs
         POST /props  POST /lora-adapters  GET /slots  POST /slots/{id_slot}  GET /metrics

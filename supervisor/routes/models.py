@@ -8,14 +8,17 @@ from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
+from pydantic import ValidationError
 
-from supervisor import plan
+from supervisor import explain, plan
 from supervisor.access import caller_of, permit
 from supervisor.atlas_support import Support, expected
-from supervisor.errors import BadRequest, ModelInvalid, ModelNotFound
+from supervisor.config import Config, PerformanceSection
+from supervisor.errors import BadRequest, ModelInvalid, ModelNotFound, SupervisorError
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Model
 from supervisor.models.folder_scan import show
+from supervisor.models.model_files import AUTO
 from supervisor.routes.gate import demand, may
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.wrap import guarded, json_object
@@ -54,7 +57,7 @@ def describe(model: Model, fleet: Fleet) -> dict[str, Any]:
         "quantization": header.quantization if header else None,
         "parameters": header.parameter_count if header else None,
         "multimodal": model.mmproj is not None,
-        "atlas_support": asdict(_atlas_support(model, fleet)),
+        "atlas_support": asdict(atlas_support(model, fleet)),
     }
     if child is not None and entry.state in (State.READY, State.DRAINING):
         info = child.info
@@ -64,7 +67,8 @@ def describe(model: Model, fleet: Fleet) -> dict[str, Any]:
     return described
 
 
-def _atlas_support(model: Model, fleet: Fleet) -> Support:
+def atlas_support(model: Model, fleet: Fleet) -> Support:
+    """Return what `model` has of a long-context memory: what its child says, else what is expected."""
     child = fleet.children.get(model.id)
     if child is not None and child.atlas is not None:
         return child.atlas
@@ -96,14 +100,36 @@ def _shown(request: web.Request, model: Model) -> dict[str, Any]:
 
 @guarded
 async def list_models(request: web.Request) -> web.StreamResponse:
-    """GET /v1/models and /models: all models that the key may use; `?reload=1` looks into the folder first."""
+    """GET /v1/models and /models: all models that the key may use; `?reload=1` looks into the folder first.
+
+    KAREN asks for the model `auto` only where it is listed, so OpenAI's list has it. The bare path adds what KAREN's
+    documents have: which can be used, which run, and which one `auto` means.
+    """
     catalog, caller = request.app[CATALOG], caller_of(request)
     if request.query.get("reload"):
         demand(request, "manage")
         await catalog.rescan()
     models = catalog.models.values()
     data = [_shown(request, model) for model in models if caller is None or caller.may_use(model)]
-    return web.json_response({"object": "list", "data": data})
+    by_id = {one["id"]: one for one in data}
+    try:
+        current = by_id.get(catalog.resolve(None, request.app[FLEET].running()).id)
+    except SupervisorError:
+        current = None
+    listed: dict[str, Any] = {"object": "list", "data": data}
+    if request.path == "/models":
+        listed |= _at_a_glance(data) | {"current": current["id"] if current else None}
+    elif current is not None and AUTO not in by_id:
+        data.append(current | {"id": AUTO, "aliases": [AUTO], "alias_of": current["id"]})
+    return web.json_response(listed)
+
+
+def _at_a_glance(data: list[dict[str, Any]]) -> dict[str, list[str]]:
+    by_status = {one["id"]: one["status"]["value"] for one in data}
+    return {
+        "available": [name for name, status in by_status.items() if status != "invalid"],
+        "loaded": [name for name, status in by_status.items() if status == "loaded"],
+    }
 
 
 @guarded
@@ -120,12 +146,41 @@ async def get_model(request: web.Request) -> web.StreamResponse:
 
 @guarded
 async def load(request: web.Request) -> web.StreamResponse:
-    """POST /models/load {"model": id}: start it; the answer does not wait, `/models/sse` tells how it goes."""
+    """POST /models/load {"model": id, "parameters": {...}}: start it.
+
+    The answer does not wait, `/models/sse` tells how it goes.
+    """
     model = await _named(request)
+    parameters = _load_parameters((await json_object(request)).get("parameters"))
     if model.error is not None:
         raise ModelInvalid(f"model {model.id!r} cannot be loaded: {model.error}", param="model")
-    request.app[FLEET].load(model.id)
+    request.app[FLEET].load(model.id, parameters)
     return web.json_response({"success": True})
+
+
+OTHER_NAMES = {
+    "context_window": "context_size",
+    "n_ctx": "context_size",
+    "num_threads": "threads",
+    "n_threads": "threads",
+    "n_batch": "batch_size",
+    "n_gpu_layers": "gpu_layers",
+}
+"""What KAREN's documents and llama.cpp call the keys of the section `performance`."""
+
+
+def _load_parameters(given: Any) -> PerformanceSection | None:
+    """Return the `parameters` of a load, None without any. Raises `BadRequest`."""
+    if given is None or given == {}:
+        return None
+    if not isinstance(given, dict):
+        raise BadRequest("'parameters' must be an object", param="parameters")
+    named = {OTHER_NAMES.get(key, key): value for key, value in given.items()}
+    try:
+        return Config.model_validate({"performance": named}, strict=True).performance
+    except ValidationError as error:
+        problems = explain.problems(error, "parameters", {"performance": named})
+        raise BadRequest("; ".join(problems), param="parameters") from None
 
 
 @guarded
@@ -140,10 +195,22 @@ async def unload(request: web.Request) -> web.StreamResponse:
     return web.json_response({"success": True})
 
 
+@guarded
+async def unload_by_path(request: web.Request) -> web.StreamResponse:
+    """POST /models/unload/{id}: stop it after its running requests."""
+    request.app[FLEET].unload(_find(request, request.match_info["id"]).id)
+    return web.json_response({"success": True})
+
+
 async def _named(request: web.Request) -> Model:
-    name = (await json_object(request)).get("model")
+    body = await json_object(request)
+    name = body.get("model", body.get("model_id"))
     if not isinstance(name, str) or not name:
         raise BadRequest("'model' must be the id of a model", param="model")
+    return _find(request, name)
+
+
+def _find(request: web.Request, name: str) -> Model:
     catalog = request.app[CATALOG]
     model = catalog.get(name)
     if model is None:
@@ -182,3 +249,4 @@ def add(app: web.Application) -> None:
     app.router.add_get("/v1/models/{id:.+}", get_model)
     app.router.add_post("/models/load", load)
     app.router.add_post("/models/unload", unload)
+    app.router.add_post("/models/unload/{id:.+}", unload_by_path)

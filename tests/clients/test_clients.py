@@ -51,7 +51,7 @@ async def test_openai_python(running):
         assert answer.output_text
         vectors = await client.embeddings.create(model="embedder", input=["one", "two"])
         assert len(vectors.data) == 2
-        assert {model.id async for model in client.models.list()} == {"small", "embedder"}
+        assert {model.id async for model in client.models.list()} == {"small", "embedder", "auto"}
         assert (await client.models.retrieve("small")).id == "small"
         with pytest.raises(openai.NotFoundError) as caught:
             await client.chat.completions.create(model="smal", messages=MESSAGES)
@@ -79,7 +79,7 @@ async def test_openai_python_with_keys(start, smollm2, short_tmp):
 
     ask = {"model": "small", "messages": MESSAGES, "max_tokens": 8, **GREEDY}
     async with client("none") as stranger, client(ours["few"]) as few, client(ours["some"]) as some:
-        assert {model.id async for model in stranger.models.list()} == {"small", "other"}
+        assert {model.id async for model in stranger.models.list()} == {"small", "other", "auto"}
         with pytest.raises(openai.AuthenticationError) as unknown:
             await stranger.chat.completions.create(**ask)
         assert unknown.value.code == "invalid_api_key"
@@ -166,7 +166,7 @@ async def test_openai_node(running, short_tmp):
     told = json.loads(await node(short_tmp, "chat.mjs", BASE_URL=running.url + "/v1"))
     assert told["content"]
     assert told["pieces"] > 1
-    assert sorted(told["models"]) == ["embedder", "small"]
+    assert sorted(told["models"]) == ["auto", "embedder", "small"]
     assert told["missing"] == {"status": 404, "code": "model_not_found"}
 
 

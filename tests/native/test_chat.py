@@ -96,7 +96,8 @@ async def test_lists_of_models(start, smollm2):
     for path in ("/v1/models", "/models"):
         status, listed = await running.json("GET", path)
         assert (status, listed["object"]) == (200, "list")
-        [model] = listed["data"]
+        model, *auto = listed["data"]
+        assert [one["id"] for one in auto] == (["auto"] if path == "/v1/models" else [])
         assert model["id"] == "small"
         assert model["status"]["value"] == "unloaded"
         assert model["context_length"] == 8192

@@ -27,7 +27,7 @@ BASE_B = "ai_karen_engine.extensions.platform.core.host.base"
 BASE_B_AGAIN = "extensions.core.host.base"
 """The newer host's other name: the same file executed once more, so that its classes are others."""
 
-EXTENSION = Path(__file__).parents[2] / "karen_ext"
+EXTENSION = Path(__file__).parents[1] / "karen_ext"
 
 GENERATIONS = ("A", "B", "B, two names")
 

@@ -17,6 +17,7 @@ import click
 
 from supervisor import __version__
 from supervisor.cli_atlas import atlas
+from supervisor.cli_karen import karen
 from supervisor.cli_key import key
 from supervisor.cli_models import load, logs, models, status, unload
 from supervisor.cli_options import client, client_options, config_option, example, json_option
@@ -141,7 +142,7 @@ def cli() -> None:
     """
 
 
-for command in (status, models, load, unload, logs, key, atlas, install_service):
+for command in (status, models, load, unload, logs, key, atlas, karen, install_service):
     cli.add_command(command)
 
 

@@ -726,7 +726,7 @@ class LlamaSupervisorExtension(_Base):  # type: ignore[misc]
             local, reason = await self._local(options, data, user, options["budget_seconds"], fallback=True)
         if local is None:
             return {"available": bool(self._watch.up), "reason": reason if failed else "the remote model answered"}
-        how = "fallback" if failed else self._combination(options)
+        how = "fallback" if failed else self._combination(options, data)
         if how in ("fallback", "local_first"):
             put_result(data, local["response"])
         elif how == "merge" and local["response"].strip() != remote:
@@ -743,10 +743,10 @@ class LlamaSupervisorExtension(_Base):  # type: ignore[misc]
         return told | {"available": bool(self._watch.up), "local_inference": local, "reason": reason}
 
     @staticmethod
-    def _combination(options: Json) -> str:
+    def _combination(options: Json, data: Json) -> str:
         if options["combination"] != "auto":
             return str(options["combination"])
-        return "local_first" if options["policy"] == "prefer_local" else "remote_first"
+        return "local_first" if options["policy"] == "prefer_local" or data.get("use_local") else "remote_first"
 
     def _offer(self, options: Json, data: Json, text: str) -> None:
         """Offer a local answer to the remote model, in the prompt that it is about to get."""

@@ -146,6 +146,13 @@ async def test_combinations(host_of, scripted, combination, policy, expected):
     assert (data["result"], data["metadata"]["combination"]) == (LOCAL, "fallback")
 
 
+async def test_a_request_for_a_local_answer_gets_it(host_of, scripted):
+    host = await host_of(url=scripted.url)
+    data: Json = {"prompt": "Hi", "use_local": True}
+    await chat(host, data, REMOTE)
+    assert data["result"] == LOCAL
+
+
 async def test_merge_of_the_same_answer_is_that_answer(host_of, scripted):
     host = await host_of(url=scripted.url, policy="prefer_local", combination="merge")
     data: Json = {"prompt": "Hi"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ async def test_who_raises_or_is_late_is_left_out(extensions: Path) -> None:
         assert await host.run("pre_llm_prompt", {}) == {}
 
 
-# The manifests
+# The manifests and the page
 
 
 @pytest.mark.parametrize("name", ["extension_manifest.json", "plugin_manifest.json"])
@@ -169,3 +170,20 @@ def test_manifests_say_what_the_handler_does(extensions: Path, name: str) -> Non
     assert raw["version"] == supervisor.__version__
     assert raw["hook_points"] == [handler.PRE, handler.POST]
     assert (EXTENSION / raw["prompt_files"]["system"]).is_file()
+
+
+def test_the_page_names_every_option_and_key(extensions: Path) -> None:
+    handler = names_of(Host(extensions, "A").load(extensions / "llama_supervisor"))
+    page = (EXTENSION.parent / "docs" / "karen.md").read_text()
+    rows = {
+        row[1]: (row[2] == " *", row[3].strip("`")) for row in re.finditer(r"\| `(\w+)`( \*)? \| ([^|]*?) ?\|", page)
+    }
+    described = {key: rows[key] for key in handler.DEFAULTS}
+    shown = {True: "true", False: "false"}
+    for key, value in handler.DEFAULTS.items():
+        default = shown[value] if isinstance(value, bool) else value if isinstance(value, str) else f"{value:g}"
+        assert described[key] == (key in handler.PER_CALL, default), key
+    for group in ("TEXTS", "HISTORIES", "RESULTS", "MEMORIES", "SESSIONS", "INSIDE", "ERRORS", "FAILED"):
+        assert not [name for name in getattr(handler, group) if f"`{name}`" not in page], group
+    assert handler.KEY_VARIABLE in page
+    assert all(f"{{{{ {name} }}}}" in page for name in handler.PLACEHOLDERS)

@@ -251,7 +251,12 @@ def has_failed(value: Any) -> bool:
         value.get(key) if isinstance(value, dict) else getattr(value, key, None)
         for key in ("error", "success", "status")
     )
-    return bool(error) or success is False or str(status).lower() in FAILED or not text_of(value).strip()
+    return (
+        bool(error and not callable(error))
+        or success is False
+        or str(status).lower() in FAILED
+        or not text_of(value).strip()
+    )
 
 
 def remote_result(data: Json) -> tuple[str, bool]:
@@ -595,14 +600,20 @@ class LlamaSupervisorExtension(_Base):  # type: ignore[misc]
         self._prompt = Prompt(PLAIN)
         self._server: Server | None = None
         self._watch: Watch | None = None
+        self._starting: asyncio.Task[None] | None = None
         self._facts: dict[str, tuple[float, Json]] = {}
 
     # The host's calls
 
     async def initialize(self) -> None:
-        """Read the options and look for the supervisor. A second call does nothing."""
+        """Read the options and look for the supervisor, once however often this is called."""
         if self._watch is not None:
             return
+        if self._starting is None or self._starting.done():
+            self._starting = asyncio.get_running_loop().create_task(self._start())
+        await asyncio.wait([self._starting])
+
+    async def _start(self) -> None:
         problems: list[str] = []
         try:
             self._options, self._prompt, self._server = await asyncio.to_thread(self._read, problems)
@@ -618,6 +629,9 @@ class LlamaSupervisorExtension(_Base):  # type: ignore[misc]
 
     async def shutdown(self) -> None:
         """Let everything go. `initialize` may follow."""
+        if self._starting is not None:
+            self._starting.cancel()
+        self._starting = None
         if self._watch is not None:
             self._watch.close()
         self._watch = None
@@ -645,13 +659,15 @@ class LlamaSupervisorExtension(_Base):  # type: ignore[misc]
         """Read config.json, prompt.txt and the key; runs in a thread."""
         folder = Path(getattr(self.context, "extension_dir", None) or Path(__file__).parent)
         stored: Json = {}
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-                stored = found if isinstance(found, dict) else {}
-            except (OSError, ValueError) as error:
-                if not isinstance(error, FileNotFoundError):
-                    problems.append(f"config.json: {type(error).__name__}")
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+            stored = found
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            problems.append(f"config.json: {type(error).__name__}")
         layers = [("the manifest", schema_defaults(self.manifest)), ("config.json", stored)]
         layers += [("the environment", from_environment()), ("the host", given(self.context))]
         options = merged(layers, problems)
@@ -717,7 +733,7 @@ class LlamaSupervisorExtension(_Base):  # type: ignore[misc]
         assert self._watch is not None
         remote, failed = remote_result(data)
         local = data.get("local_inference")
-        if not isinstance(local, dict) or not text_of(local.get("response")).strip():
+        if not isinstance(local, dict) or not isinstance(local.get("response"), str) or not local["response"].strip():
             local = None
         reason = "the answer was made before the remote model was asked"
         if local is None and failed:

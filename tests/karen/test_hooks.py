@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,7 @@ async def test_an_error_beside_the_result_is_a_failure(host_of, scripted, error)
         {"choices": [{"message": {"content": REMOTE}}]},
         {"message": {"content": REMOTE}},
         {"text": REMOTE, "success": True, "error": None},
+        SimpleNamespace(content=REMOTE, error=print, status="ok"),
     ],
 )
 async def test_a_good_result_is_known_in_every_shape(host_of, scripted, remote):
@@ -601,6 +603,16 @@ async def test_the_key_is_sent_and_never_told(host_of, scripted, monkeypatch, tm
     assert [headers["Authorization"] for headers in scripted.headers] == [f"Bearer {secret}"] * 2
     assert refused["reason"] == "HTTP 401: the key *** is not valid"
     assert secret not in caplog.text + str(refused) + str(answered)
+
+
+async def test_fifty_hooks_before_it_is_initialized(extensions, scripted):
+    host = Host(extensions, "A", {"url": scripted.url})
+    host.load(extensions / "llama_supervisor")
+    datas: list[Json] = [{"prompt": "Hi"} for _ in range(50)]
+    await asyncio.gather(*(chat(host, data) for data in datas))
+    assert all(data["result"] == LOCAL for data in datas)
+    assert scripted.probes == 1
+    await host.stop()
 
 
 async def test_initialize_and_shutdown_may_come_in_any_number(host_of, scripted):

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from karen_host import EXTENSION, Host
-from scripted import Scripted
+
+from karen.scripted import Scripted
 
 
 @pytest.fixture(autouse=True)

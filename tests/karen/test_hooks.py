@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from karen_host import Host, names_of
-from scripted import Scripted, events
+
+from karen.scripted import Scripted, events
 
 Json = dict[str, Any]
 

@@ -56,7 +56,7 @@ async def test_what_the_child_is_asked(open_front):
     body = {"prompt": "Hi", "parameters": {"status": 418, "temperature": 0}, "model": "two"}
     status, answer = await ask(open_front, "/inference", body)
     assert (status, answer["method"], answer["target"]) == (418, "POST", "/v1/chat/completions")  # as the child says it
-    assert [name for name, _ in answer["headers"]] == ["Host", "Content-Type", "Content-Length"]
+    assert [name for name, _ in answer["headers"]] == ["Host", "Content-Type", "X-Request-Id", "Content-Length"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,7 +6,7 @@ A session of a few hundred tokens is saved; then each mutant of its file is load
 flipped, wrong magic, version, sizes, model, and a seeded fuzzer over the header's text, its values, the table and the
 content of the frames, which makes the checksums right so that it gets past them, and files that claim to be large.
 Demanded: 400 with "corruption" or 409 where the mutant is surely wrong, and never 200 for what Python refuses; the same
-process all the time, whose memory grows by no more than the file (or the good file's content) has, and 64 MiB; after a
+process all the time, whose memory grows by no more than the file (or the good file's content) has, and 32 MiB; after a
 load that works, and between, the server answers as before. There are no backups. With `--server` a build with
 sanitizers (its memory: `--no-memory`); what they write fails the mutant. `--keep` keeps the files that failed.
 """
@@ -27,7 +27,7 @@ from atlas_mutants import KINDS, MISMATCH, Mutant, split
 from atlas_server import Gone, MemoryServer, tiny_model, workplace
 from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of
 
-SLACK = 64 << 20
+SLACK = 32 << 20
 """Bytes by which the server may grow beside the file: frames at work, stacks of threads, what the allocator keeps."""
 
 COUNTS = {

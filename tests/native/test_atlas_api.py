@@ -153,7 +153,9 @@ async def test_metrics(start, smollm2, folder):
     assert (metrics["requests_total"], metrics["saves_total"], metrics["sessions"]) == (1, 1, 1)
     assert metrics["tokens_total"] == answer["atlas"]["tokens_seen"]
     assert metrics["saved_bytes_total"] == answer["atlas"]["saved"]["bytes"]
-    for path in ("/v1/atlas/metrics?format=prometheus", "/metrics"):
+    async with running.http.get(running.url + "/metrics") as response:
+        assert '\nllamacpp:atlas_saves_total{model="small"} 1.0\n' in await response.text()
+    for path in ("/v1/atlas/metrics?format=prometheus", "/metrics?model=small"):
         async with running.http.get(running.url + path) as response:
             text = await response.text()
         assert "# TYPE llamacpp:atlas_saves_total counter\nllamacpp:atlas_saves_total 1\n" in text

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
 from aiohttp import web
@@ -17,6 +16,7 @@ from supervisor import api_keys
 from supervisor.api_keys import ApiKey, KeysFile, KeysFileError, Scope
 from supervisor.config import ApiSection
 from supervisor.errors import InvalidApiKey, MissingScope, ModelNotAllowed, RateLimited
+from supervisor.followed_file import Follower, Signature, signature
 from supervisor.models.catalog import Model
 from supervisor.rate import Bucket
 
@@ -33,8 +33,6 @@ OWNER_HEADER: Final = "X-Atlas-Owner"
 
 CREDENTIALS: Final = frozenset(("authorization", "x-api-key"))
 """Headers that may hold a key."""
-
-Signature = tuple[int, ...]
 
 
 class Caller:
@@ -119,7 +117,7 @@ class Access:
         self._salt = b""
         self._callers: dict[bytes, Caller] = {}
         self._seen: Signature | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._follower = Follower(self.look)
 
     # Requests
 
@@ -152,18 +150,11 @@ class Access:
 
     def follow(self) -> None:
         """From now on take over what changes in the file, until `stop`."""
-        self._task = asyncio.create_task(self._follow())
+        self._follower.start(POLL_SECONDS)
 
     async def stop(self) -> None:
         """Look at the file no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _follow(self) -> None:
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            await self.look()
+        await self._follower.stop()
 
     async def look(self) -> None:
         """Take over the file if it changed. A bad one is logged."""
@@ -215,15 +206,6 @@ def secret_in(headers: Mapping[str, str]) -> str | None:
     if scheme.lower() != "bearer" or not secret.strip():
         secret = headers.get("x-api-key", "")
     return secret.strip() or None
-
-
-def signature(path: Path) -> Signature | None:
-    """Return what changes when a file does; None when there is none."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        return (error.errno or 0,) if not isinstance(error, FileNotFoundError) else None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def caller_of(request: web.Request) -> Caller | None:

@@ -18,6 +18,7 @@ from supervisor.child import Child, describe_exit
 from supervisor.childlog import TAIL_LINES, ChildLog, file_name
 from supervisor.config import Config, PerformanceSection
 from supervisor.errors import ChildDied, ModelNotFound, StartFailed, SupervisorError
+from supervisor.events import Events
 from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
 from supervisor.runtime import Runtime
@@ -40,13 +41,8 @@ from supervisor.watchdog import until_hanging
 
 log = logging.getLogger(__name__)
 
-EVENT_QUEUE = 1000
-"""Events held for a slow listener before it loses some."""
-
 GRACE = 2.0
 """Seconds by which something may be late before it counts as a problem."""
-
-Event = dict[str, Any]
 
 
 class Lease:
@@ -93,13 +89,13 @@ class Fleet:
         self.binary = binary
         self._log_folder = log_folder
         self.patches = patches
+        self.events = Events()
         self.metrics = Metrics()
         self.metrics.registry.register(FleetCollector(self))
         self.binary_version: native.ServerVersion | None = None
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listeners: set[asyncio.Queue[Event | None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._gone = asyncio.Event()
         self._gone.set()
@@ -193,11 +189,11 @@ class Fleet:
         for model in change.removed:
             near = ModelNotFound(model, [], len(self.catalog.models))
             self._apply(self.scheduler.remove(model, now, near))
-            self._publish(model, "model_remove", {})
+            self.events.publish(model, "model_remove", {})
         for model in change.replaced:
             self._apply(self.scheduler.restart(model, now))
         if change.added or change.replaced:
-            self._publish("*", "models_reload", {})
+            self.events.publish("*", "models_reload", {})
 
     def apply_settings(self, config: Config) -> list[str]:
         """Go by `config` from now on; return the models whose children start anew, after their running requests.
@@ -228,11 +224,9 @@ class Fleet:
     def _differs(self, child: Child, model: Model) -> bool:
         """Whether a child for `model` would be started in another way now."""
         try:
-            folder = self._memory_folder(model)
+            command = self._command(Path(child.command[0]), model, child.socket)
         except StartFailed:
             return True
-        config = plan.with_parameters(self.config, model.id, self.parameters.get(model.id))
-        command = plan.command(Path(child.command[0]), model, config, child.socket, folder=folder)
         return command != child.command or plan.override_for(self.config, model).env != child.environ
 
     def log_of(self, model: str) -> ChildLog:
@@ -242,16 +236,6 @@ class Fleet:
             path = folder / file_name(model) if folder is not None else None
             self.logs[model] = ChildLog(path, int(self.config.logging.max_mb * 1024 * 1024))
         return self.logs[model]
-
-    def listen(self) -> asyncio.Queue[Event | None]:
-        """Return a queue that gets every event from now on, until `unlisten`; None is the end of them."""
-        queue: asyncio.Queue[Event | None] = asyncio.Queue(EVENT_QUEUE)
-        self._listeners.add(queue)
-        return queue
-
-    def unlisten(self, queue: asyncio.Queue[Event | None]) -> None:
-        """Stop feeding `queue`."""
-        self._listeners.discard(queue)
 
     # Life
 
@@ -264,7 +248,7 @@ class Fleet:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tell(None)  # the front waits for its handlers, so these must end
+        self.events.close()  # the front waits for its handlers, so these must end
         for log_ in self.logs.values():
             log_.close()
 
@@ -289,11 +273,11 @@ class Fleet:
                     self._settle(ticket, error)
                 case Start(model):
                     self._gone.clear()
-                    self._publish(model, "model_status", {"status": "loading"})
+                    self.events.publish(model, "model_status", {"status": "loading"})
                     self._spawn(self._run(model), _name("run", model))
                 case Stop(model, reason):
                     log.info("model %s: stopping (%s)", model, reason)
-                    self._publish(model, "model_status", {"status": "unloading"})
+                    self.events.publish(model, "model_status", {"status": "unloading"})
                     if child := self.children.get(model):
                         child.stopping = True
                     self._spawn(self._stop(model), _name("stop", model))
@@ -341,7 +325,7 @@ class Fleet:
             took = self._now() - began
             self.metrics.load.labels(model).observe(took)
             log.info("model %s: ready after %.2f s", model, took)
-            self._publish(model, "model_status", {"status": "loaded", "info": child.info})
+            self.events.publish(model, "model_status", {"status": "loaded", "info": child.info})
             self._apply(self.scheduler.ready(model, self._now()))
             self._spawn(self._get_to_know(child), _name("get to know", model))
             self._spawn(self._watch(child), _name("watch", model))
@@ -370,7 +354,7 @@ class Fleet:
             await child.stop()
             self._forget(model, child)
         data = {"status": "unloaded", "failed": True, "exit_code": code, "error": error.message}
-        self._publish(model, "model_status", data)
+        self.events.publish(model, "model_status", data)
         self._apply(self.scheduler.failed(model, error, self._now()))
         self._note_gone()
 
@@ -380,7 +364,7 @@ class Fleet:
             await child.stop()
             self._forget(model, child)
         log.info("model %s: stopped", model)
-        self._publish(model, "model_status", {"status": "unloaded"})
+        self.events.publish(model, "model_status", {"status": "unloaded"})
         self._apply(self.scheduler.stopped(model, self._now()))
         self._note_gone()
 
@@ -391,12 +375,16 @@ class Fleet:
             raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
         self.scheduler.limits = limits(self.config, binary)  # there may be a newer build by now
         socket = self.runtime.new_socket()
-        config = plan.with_parameters(self.config, model_id, self.parameters.get(model_id))
-        command = plan.command(binary, model, config, socket, folder=self._memory_folder(model))
+        command = self._command(binary, model, socket)
         child = Child(model_id, command, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
         self.children[model_id] = child
         self._set_rules(self.scheduler.entry(model_id), model)
         return child
+
+    def _command(self, binary: Path, model: Model, socket: Path) -> list[str]:
+        """Return what starts a child for `model` now. Raises `StartFailed` as `_memory_folder` does."""
+        config = plan.with_parameters(self.config, model.id, self.parameters.get(model.id))
+        return plan.command(binary, model, config, socket, folder=self._memory_folder(model))
 
     def _set_rules(self, entry: Entry, model: Model) -> None:
         entry.pinned = plan.override_for(self.config, model).pin
@@ -462,16 +450,7 @@ class Fleet:
     # Events
 
     def _publish_progress(self, child: Child) -> None:
-        self._publish(child.model, "model_status", {"status": "loading", "progress": child.progress})
-
-    def _publish(self, model: str, event: str, data: Event) -> None:
-        self._tell({"model": model, "event": event, "data": data})
-
-    def _tell(self, message: Event | None) -> None:
-        for queue in self._listeners:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(message)
+        self.events.publish(child.model, "model_status", {"status": "loading", "progress": child.progress})
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name, context=Context())  # not that of the request which led to it

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from aiohttp import web
 
-from supervisor.access import Signature, signature
 from supervisor.config import Config
 from supervisor.errors import ConfigError, ConfigInvalid
+from supervisor.followed_file import Follower, Signature, signature
 from supervisor.settings import Settings, changed
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Live:
         self._lock = asyncio.Lock()
         self._seen: Signature | None = None
         self._moving = False
-        self._task: asyncio.Task[None] | None = None
+        self._follower = Follower(self._look)
 
     async def reload(self, reason: str) -> Outcome:
         """Read the settings anew and take them over. Raises `ConfigInvalid`, and then nothing has changed."""
@@ -102,23 +103,15 @@ class Live:
         """From now on take over what changes in the file, until `stop`."""
         if self.settings.path is not None and self._load is not None:
             self._seen = signature(self.settings.path)
-            self._task = asyncio.create_task(self._follow())
+            self._follower.start(POLL_SECONDS)
 
     async def stop(self) -> None:
         """Look at the file no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._follower.stop()
 
-    async def _follow(self) -> None:
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            try:
-                await self.look()
-            except ConfigInvalid:
-                pass  # logged, and in `problems`
-            except Exception:  # one bad round must not end the watching
-                log.exception("the configuration could not be taken over")
+    async def _look(self) -> None:
+        with suppress(ConfigInvalid):  # logged, and in `problems`
+            await self.look()
 
     async def look(self) -> None:
         """Reload when the file changed before the last look and not since. Raises `ConfigInvalid`."""

@@ -224,7 +224,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     """GET /models/sse: what happens to the models, as server-sent events."""
     fleet = request.app[FLEET]
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    queue = fleet.listen()
+    queue = fleet.events.listen()
     try:
         await response.prepare(request)
         while True:
@@ -237,7 +237,7 @@ async def events(request: web.Request) -> web.StreamResponse:
                 break
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
     finally:
-        fleet.unlisten(queue)
+        fleet.events.unlisten(queue)
     return response
 
 

@@ -85,7 +85,7 @@ async def test_the_next_model_loads_while_the_one_before_exits_unless_they_may_s
     models = {"max_loaded_models": 1}
     running = await start({"a": smollm2, "b": smollm2}, models=models, server={"llama_server": server})
     await running.chat("a", max_tokens=1)
-    events = running.supervisor.fleet.listen()
+    events = running.supervisor.fleet.events.listen()
     await running.chat("b", max_tokens=1)
     await until_gone(running, "a")
     told = [(e["model"], e["data"]["status"]) for e in iter_now(events) if "progress" not in e["data"]]

@@ -8,6 +8,9 @@
 #include <csignal>
 #include <filesystem>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #ifdef __linux__
 #include <sys/resource.h>
 #endif
@@ -61,6 +64,13 @@ void server_atlas::stop() {
     t_due = 0;
 }
 
+// the frames of a file pass through many threads and leave holes in the heap: without this, it grows
+static void give_back() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
 void server_atlas::loop() {
 #ifdef __linux__
     setpriority(PRIO_PROCESS, 0, 5); // this thread and those that compress for it: decoding goes first
@@ -73,6 +83,7 @@ void server_atlas::loop() {
             working = true;
             lock.unlock();
             job();
+            give_back();
             lock.lock();
             working = false;
             cond.notify_all();

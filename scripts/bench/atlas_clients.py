@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,8 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--plot", type=Path, metavar="FILE", help="write memory and file sizes over time as PNG")
     given = options.parse_args()
+    if given.plot and not find_spec("matplotlib"):  # said now, not after ten minutes
+        raise BenchError("--plot needs matplotlib: run pip install 'llama-supervisor[plot]'")
     before = machine_state()
     workspace = make_workspace(given.model, server_of(given), given.slots, given.context)
     try:
@@ -385,13 +388,11 @@ def main() -> int:
 
 
 def _plot(path: Path, samples: list[Json]) -> None:
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise BenchError("--plot needs matplotlib: run pip install 'llama-supervisor[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     seconds = [sample["seconds"] for sample in samples]
     figure, axes = pyplot.subplots(figsize=(9, 4))
     axes.plot(seconds, [sample["rss"] / 2**20 for sample in samples], label="resident memory of llama-server, MiB")

@@ -9,7 +9,7 @@ import signal
 
 import aiohttp
 import pytest
-from test_atlas_memory import DOCS, complete, restart, sections
+from test_atlas_memory import TEXT, complete, restart, sections
 
 FIELDS = {
     "enabled", "memory_file", "tokens_seen", "tokens_archived", "tokens_forgotten", "window_size", "window_fill_ratio",
@@ -33,7 +33,7 @@ async def until_exists(path) -> None:
 
 async def test_the_answer_says_what_the_memory_did(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder))
-    _, answer = await complete(running, DOCS[:1800], tokens=24)
+    _, answer = await complete(running, TEXT[:1800], tokens=24)
     atlas = answer["atlas"]
     assert set(atlas) == FIELDS
     assert atlas["enabled"] and atlas["active"] and atlas["memory_file"] is None
@@ -53,15 +53,15 @@ async def test_the_answer_says_what_the_memory_did(start, smollm2, folder):
 
 async def test_window_and_blend_of_a_request(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder))
-    text = DOCS[:1200]
+    text = TEXT[:1200]
     _, wide = await complete(running, text, tokens=16)
     _, narrow = await complete(running, text, tokens=16, window_size=64)
     assert narrow["atlas"]["window_size"] == 64
     assert narrow["atlas"]["tokens_archived"] > wide["atlas"]["tokens_archived"] == 0
     _, wide_again = await complete(running, text, tokens=1)
     assert wide_again["atlas"]["window_size"] == 252
-    _, natural = await complete(running, DOCS[:1800], tokens=24)
-    _, blind = await complete(running, DOCS[:1800], tokens=24, blend_ratio=0.0)
+    _, natural = await complete(running, TEXT[:1800], tokens=24)
+    _, blind = await complete(running, TEXT[:1800], tokens=24, blend_ratio=0.0)
     assert blind["atlas"]["blend_ratio"] == 0
     assert blind["tokens"] != natural["tokens"]
     for atlas, param in [
@@ -133,7 +133,7 @@ async def test_config(start, smollm2, folder):
     status, config = await running.json("POST", "/v1/atlas/config", change | {"model": "small"})
     assert status == 200
     assert {key: config[key] for key in change} == change
-    _, answer = await complete(running, DOCS[:1800], tokens=24)
+    _, answer = await complete(running, TEXT[:1800], tokens=24)
     assert (answer["atlas"]["window_size"], answer["atlas"]["blend_ratio"]) == (128, 0.5)
     assert answer["atlas"]["active"]
     for wrong in [{"refresh": 0}, {"refresh": 257}, {"blend_ratio": "1"}, {"window_size": 4096}, {"windows": 1}]:
@@ -147,7 +147,7 @@ async def test_config(start, smollm2, folder):
 
 async def test_metrics(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder))
-    _, answer = await complete(running, DOCS[:1800], memory_file="book")
+    _, answer = await complete(running, TEXT[:1800], memory_file="book")
     status, metrics = await running.json("GET", "/v1/atlas/metrics")
     assert status == 200
     assert (metrics["requests_total"], metrics["saves_total"], metrics["sessions"]) == (1, 1, 1)
@@ -259,7 +259,7 @@ async def test_limits_delete_what_was_not_used_for_the_longest_time(start, smoll
 
 async def test_a_session_above_the_limit_is_not_saved(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder, "--atlas-memory-max-mb", "4"))
-    _, answer = await complete(running, DOCS[:1800], memory_file="large")
+    _, answer = await complete(running, TEXT[:1800], memory_file="large")
     assert "MiB" in answer["atlas"]["saved"]["error"]
     assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
     status, answer = await complete(running, "Hello", memory_file="small")

@@ -15,7 +15,7 @@ import zstandard
 from supervisor import atlas_file
 
 ROOT = Path(__file__).parents[2]
-DOCS = "".join((ROOT / "docs" / name).read_text() for name in ("design.md", "api.md", "cli.md"))
+TEXT = (ROOT / "tests" / "data" / "text.txt").read_text()
 
 
 KINDS = ("tokens", "counters", "cells", "keys", "values", "scores")
@@ -53,7 +53,7 @@ async def restart(running) -> None:
 @pytest.mark.parametrize("types", [[], ["-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on"], ["-fa", "off"]])
 async def test_a_session_goes_on_after_a_restart_as_without_one(start, smollm2, folder, types):
     running = await start({"small": smollm2}, **sections(folder, *types))
-    text = DOCS[:4000]
+    text = TEXT[:4000]
     question = "\n\nIn short, the above says that"
 
     status, read = await complete(running, text, tokens=1, memory_file="book")
@@ -191,10 +191,10 @@ async def test_wrong_fields(start, smollm2, folder):
 
 async def test_without_memory_the_context_is_the_limit(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder))
-    status, answer = await complete(running, DOCS[:3000], enabled=False)
+    status, answer = await complete(running, TEXT[:3000], enabled=False)
     assert status == 400
     assert answer["error"]["type"] == "exceed_context_size_error"
-    status, answer = await complete(running, DOCS[:1200], tokens=600, enabled=False)
+    status, answer = await complete(running, TEXT[:1200], tokens=600, enabled=False)
     assert status == 200
     assert answer["stop_type"] == "limit" and answer["atlas"]["tokens_archived"] == 0
     assert answer["tokens_evaluated"] + answer["tokens_predicted"] == 512
@@ -210,7 +210,7 @@ def with_header(data: bytes, change) -> bytes:
 
 async def test_bad_files(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder, "--atlas-memory-backup-count", "1"))
-    await complete(running, DOCS[:1800], memory_file="good")
+    await complete(running, TEXT[:1800], memory_file="good")
     await running.json("DELETE", "/v1/atlas/memory/reset", {"reset_type": "hard"})
     good = (folder / "good.atlas").read_bytes()
     rng = random.Random(1)
@@ -274,7 +274,7 @@ def with_raw(data: bytes, number: int, change) -> bytes:
 
 async def test_hostile_states_with_right_checksums(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder))
-    await complete(running, DOCS[:2400], memory_file="good")
+    await complete(running, TEXT[:2400], memory_file="good")
     good = (folder / "good.atlas").read_bytes()
     size = struct.unpack_from("<I", good, 12)[0]
     frames = json.loads(good[16 : 16 + size])["frames"]
@@ -309,8 +309,8 @@ async def test_hostile_states_with_right_checksums(start, smollm2, folder):
 
 async def test_the_memory_of_the_last_request_persists(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder, "--atlas-memory-persist"))
-    _, answer = await complete(running, DOCS[:4000])
+    _, answer = await complete(running, TEXT[:4000])
     await restart(running)
     assert (folder / "small_memory.atlas").exists()
-    _, again = await complete(running, DOCS[:4000] + answer["content"] + " and")
+    _, again = await complete(running, TEXT[:4000] + answer["content"] + " and")
     assert again["timings"]["prompt_n"] < 32

@@ -28,6 +28,7 @@ from supervisor.errors import ConfigError
 from supervisor.setup.files import write_atomic
 
 Scope = Literal["infer", "manage", "admin"]
+PriorityName = Literal["low", "normal", "high"]
 
 PREFIX = "lsk-"
 """How every key begins, so that people and scanners for leaked secrets know one."""
@@ -56,7 +57,8 @@ class ApiKey(Record):
     """What is known of one key; not the key itself.
 
     `owner` names whose ATLAS sessions and conversations it reaches; a key made to follow another has its owner.
-    `models` holds ids and aliases (None: all), `expires` is in seconds since 1970 (None: never).
+    `models` holds ids and aliases (None: all), `expires` is in seconds since 1970 (None: never). `priority` is what its
+    requests have, and the most that they may ask for (None: normal).
     """
 
     id: Id
@@ -67,6 +69,7 @@ class ApiKey(Record):
     models: list[str] | None = Field(None, min_length=1)
     requests_per_minute: Rate | None = None
     tokens_per_minute: Rate | None = None
+    priority: PriorityName | None = None
     created: UnixTime
     expires: UnixTime | None = None
 

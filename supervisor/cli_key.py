@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from supervisor.api_keys import ApiKey, KeysFile
 
 SCOPES = ("infer", "manage", "admin")
+PRIORITIES = ("low", "normal", "high")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -73,6 +74,9 @@ def key() -> None:
 @click.option("--model", "models", metavar="MODEL", multiple=True, help="May use this one; repeatable.  [default: all]")
 @click.option("--requests-per-minute", type=click.IntRange(1, 10**9), help="Most requests.  [default: any number]")
 @click.option("--tokens-per-minute", type=click.IntRange(1, 10**9), help="Most tokens, prompts too.  [default: any]")
+@click.option(
+    "--priority", type=click.Choice(PRIORITIES), help="Of its requests; they may ask for less.  [default: normal]"
+)
 @click.option("--expires", callback=expiry, metavar="WHEN", help="90d, 12h or 2030-01-31.  [default: never]")
 @click.option("--like", metavar="KEY", help="Take everything but the expiry from it, its ATLAS sessions too.")
 @config_option
@@ -137,7 +141,7 @@ def list_keys(config: Path | None, as_json: bool) -> None:
         say(f"No keys in {path}.")
         return
     table(
-        ["NAME", "ID", "OWNER", "SCOPES", "MODELS", ">REQUESTS/MIN", ">TOKENS/MIN", "CREATED", "EXPIRES"],
+        ["NAME", "ID", "OWNER", "SCOPES", "MODELS", ">REQUESTS/MIN", ">TOKENS/MIN", "PRIORITY", "CREATED", "EXPIRES"],
         [
             [
                 one.name,
@@ -147,6 +151,7 @@ def list_keys(config: Path | None, as_json: bool) -> None:
                 ",".join(one.models or ["all"]),
                 str(one.requests_per_minute or "-"),
                 str(one.tokens_per_minute or "-"),
+                one.priority or "normal",
                 _time(one.created),
                 _expiry(one.expires),
             ]

@@ -175,6 +175,15 @@ class InferenceSection(Section):
     max_wait_seconds: Seconds = Field(
         5, description="How long busy models may keep a waiting one out before they are drained for it."
     )
+    min_residency_seconds: Seconds = Field(
+        5, description="How long a busy model answers after it has loaded before it is drained for a waiting one."
+    )
+    priority_seconds: Seconds = Field(
+        30, description="What a step of X-Priority is worth in seconds of waiting; 0: nothing."
+    )
+    max_in_flight: int = Field(
+        64, ge=1, le=1 << 16, description="Most requests that one model computes at the same time; more wait here."
+    )
     queue_limit: int = Field(256, ge=0, le=1 << 20, description="Most requests that wait for one model.")
     queue_timeout_seconds: Seconds = Field(600, description="Longest wait for a model before a 503.")
 

@@ -112,6 +112,14 @@ class ModelNotAllowed(SupervisorError):
     code = "model_not_allowed"
 
 
+class PriorityNotAllowed(SupervisorError):
+    """The API key may not ask for that priority (403)."""
+
+    status = 403
+    type = "permission_error"
+    code = "priority_not_allowed"
+
+
 class RateLimited(SupervisorError):
     """The API key has used up its requests or tokens for now (429)."""
 
@@ -136,20 +144,46 @@ class NotLoaded(SupervisorError):
     code = "model_not_loaded"
 
 
-class QueueFull(SupervisorError):
+class Queued(SupervisorError):
+    """Base of what ends a request in or before the queue of `model`.
+
+    `position` is its place there, from 1, and `length` how many wait.
+    """
+
+    def __init__(self, message: str, position: int, length: int, retry_after: float) -> None:
+        super().__init__(message, param="model", retry_after=retry_after)
+        self.position = position
+        self.length = length
+
+    def body(self) -> dict[str, Any]:
+        """Return the envelope with the place in the queue beside the message."""
+        body = super().body()
+        body["error"] |= {"queue_position": self.position, "queue_length": self.length}
+        return body
+
+
+class QueueFull(Queued):
     """Too many requests wait for this model already (429)."""
 
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
 
+    def __init__(self, model: str, position: int, length: int, retry_after: float) -> None:
+        message = f"{length} requests wait for model {model!r} already; this one would be number {position}"
+        super().__init__(message, position, length, retry_after)
 
-class WaitTimeout(SupervisorError):
-    """The request waited `scheduler.queue_timeout_seconds` without getting its model (503)."""
+
+class WaitTimeout(Queued):
+    """The request waited `inference.queue_timeout_seconds` without getting its model (503)."""
 
     status = 503
     type = "unavailable_error"
     code = "wait_timeout"
+
+    def __init__(self, model: str, position: int, length: int, waited: float, retry_after: float) -> None:
+        message = f"waited {waited:.0f} s for model {model!r}; this request was number {position} of {length}"
+        super().__init__(message, position, length, retry_after)
 
 
 class StartFailed(SupervisorError):

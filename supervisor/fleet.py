@@ -17,29 +17,21 @@ from supervisor import atlas_folder, atlas_support, plan
 from supervisor.child import Child, describe_exit
 from supervisor.childlog import TAIL_LINES, ChildLog, file_name
 from supervisor.config import Config, PerformanceSection
+from supervisor.entry import OCCUPYING, STAYING, Entry, Priority, State, Waiter
 from supervisor.errors import ChildDied, ModelNotFound, StartFailed, SupervisorError
 from supervisor.events import Events
 from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
 from supervisor.runtime import Runtime
-from supervisor.scheduler import (
-    OCCUPYING,
-    STAYING,
-    Decision,
-    Entry,
-    Grant,
-    Limits,
-    Refuse,
-    Scheduler,
-    Start,
-    State,
-    Stop,
-)
+from supervisor.scheduler import Decision, Grant, Limits, Refuse, Scheduler, Start, Stop
 from supervisor.setup import native
 from supervisor.upstream import UpstreamClosed
 from supervisor.watchdog import until_hanging
 
 log = logging.getLogger(__name__)
+
+QUEUE_SHOWN = 32
+"""Most places of a model's queue that its status tells."""
 
 GRACE = 2.0
 """Seconds by which something may be late before it counts as a problem."""
@@ -103,14 +95,17 @@ class Fleet:
 
     # For requests
 
-    async def acquire(self, model: str, *, start: bool = True) -> Lease:
+    async def acquire(
+        self, model: str, *, start: bool = True, priority: Priority = Priority.NORMAL, counts: bool = True
+    ) -> Lease:
         """Wait for the right to use `model`, starting it if need be and `start` allows it.
 
+        Only what makes a model compute `counts` as one of `inference.max_in_flight`.
         Raises the `SupervisorError` that says why there is none. Cancelling the wait gives the place up.
         """
         ticket = next(self._tickets)
         asked_at = monotonic()
-        decisions = self.scheduler.request(ticket, model, self._now(), start=start)
+        decisions = self.scheduler.request(ticket, model, self._now(), start=start, priority=priority, counts=counts)
         if decisions == [Grant(ticket, model)]:  # nearly always: no need to wait
             return self._lease(ticket, model, asked_at)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -151,6 +146,11 @@ class Fleet:
     def running(self) -> list[str]:
         """Return the ids of the models that can answer now, the first loaded first."""
         return self.scheduler.running()
+
+    def queue_ages(self) -> dict[str, float]:
+        """Return for how many seconds the oldest waiter of each model has waited; 0 where none does."""
+        now = self._now()
+        return {entry.model: max(0.0, now - entry.oldest()) for entry in self.scheduler.entries.values()}
 
     def problems(self) -> list[str]:
         """Return what shows that models are no longer started and stopped as they must be; empty when all is well."""
@@ -475,6 +475,7 @@ class Fleet:
             "stage": progress.get("current") if progress else None,
             "leases": len(entry.leases),
             "waiting": len(entry.waiters),
+            "queue": [_place(number, waiter, now) for number, (_, waiter) in enumerate(entry.queue()[:QUEUE_SHOWN], 1)],
             "pid": child.pid if child else None,
             "rss_bytes": child.rss() if child else None,
             "ready_seconds": round(now - entry.ready_at, 3) if ready else None,
@@ -484,6 +485,12 @@ class Fleet:
             "pinned": entry.pinned,
             "patches": child.patches if child else None,
         }
+
+
+def _place(position: int, waiter: Waiter, now: float) -> dict[str, Any]:
+    """Return one place in a queue, for `/api/v1/status`."""
+    waited = round(now - waiter.since, 3)
+    return {"position": position, "waited_seconds": waited, "priority": waiter.priority.name.lower()}
 
 
 def _name(work: str, model: str) -> str:
@@ -497,6 +504,9 @@ def limits(config: Config, binary: Path | None) -> Limits:
         max_loaded=config.models.max_loaded_models,
         overlap=1 if binary is not None and native.is_cpu_build(binary) else 0,
         max_wait=config.inference.max_wait_seconds,
+        min_residency=config.inference.min_residency_seconds,
+        max_in_flight=config.inference.max_in_flight,
+        priority_seconds=config.inference.priority_seconds,
         queue_limit=config.inference.queue_limit,
         queue_timeout=config.inference.queue_timeout_seconds,
         drain=config.server.drain_seconds,

@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from supervisor import __version__
-from supervisor.scheduler import Entry, State
+from supervisor.entry import Entry, State
 from supervisor.upstream import UpstreamClosed
 from supervisor.usage import Tokens
 
@@ -194,6 +194,8 @@ class FleetCollector(Collector):
                 for entry in entries:
                     family.add_metric([entry.model], value(entry))
                 yield family
+        yield self._queue_ages()
+        yield self._refusals()
         yield self._evictions()
         yield self._states()
         memory = GaugeMetricFamily(PREFIX + "model_memory_bytes", "Resident memory of a child.", labels=_BY_MODEL)
@@ -201,6 +203,21 @@ class FleetCollector(Collector):
             if (rss := child.rss()) is not None:
                 memory.add_metric([model], rss)
         yield memory
+
+    def _queue_ages(self) -> Metric:
+        told = "How long the oldest request has waited for its model; 0: none waits."
+        family = GaugeMetricFamily(PREFIX + "queue_oldest_seconds", told, labels=_BY_MODEL)
+        for model, age in self._fleet.queue_ages().items():
+            family.add_metric([model], age)
+        return family
+
+    def _refusals(self) -> Metric:
+        told = "Requests refused as the queue was full (full), or as they had waited for too long (timeout)."
+        family = CounterMetricFamily(PREFIX + "queue_refusals", told, labels=["model", "reason"])
+        for entry in self._fleet.scheduler.entries.values():
+            family.add_metric([entry.model, "full"], entry.turned_away)
+            family.add_metric([entry.model, "timeout"], entry.timed_out)
+        return family
 
     def _evictions(self) -> Metric:
         told = "Children stopped because they were idle for long (idle), or to make room for another model (room)."

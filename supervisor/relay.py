@@ -18,7 +18,7 @@ from aiohttp import web
 
 from supervisor.access import CREDENTIALS, OWNER_HEADER, Caller, caller_of
 from supervisor.answer import HOP_BY_HOP, Answer, Headers, forwardable
-from supervisor.errors import ChildDied, ChildFailed, ChildHung, SupervisorError
+from supervisor.errors import ChildDied, ChildFailed, ChildHung, Queued, SupervisorError
 from supervisor.fleet import Lease
 from supervisor.metrics import METRICS
 from supervisor.request_id import HEADER as ID_HEADER
@@ -266,6 +266,8 @@ def error_response(request: web.Request, error: SupervisorError) -> web.Response
         log.warning("%s %s: %d: %s", request.method, request.path, error.status, error.message.partition("\n")[0])
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, Queued):
+        headers["X-Queue-Position"] = str(error.position)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return web.json_response(error_body(request.path, error), status=error.status, headers=headers)

@@ -4,11 +4,15 @@ It does no I/O and has no clock: every event carries `now` (seconds, monotonic) 
 decisions that it leads to, in the order they must be carried out. `fleet.py` is its only caller, always from
 the event loop's thread. The rules:
 
-- A request for a ready model is granted at once. Otherwise it waits, and its model is started when there is room.
+- A request for a ready model is granted at once while its child has fewer than `max_in_flight`. Otherwise it waits,
+  and its model is started when there is room.
+- Who waits for the longest is next, and a step of priority is worth `priority_seconds` of waiting: so nobody is
+  overtaken by those that come more than two steps later.
 - Room is made by stopping idle models, the least recently used first; pinned ones never.
 - A child that was told to stop gives its place up at once: `Limits.overlap` says how many may load while it exits.
-- When all are busy, the oldest waiter looks on for `max_wait` seconds; then the least recently used model takes
-  no new requests, finishes its running ones and makes way. Running answers are never cut for this.
+- When all are busy, the oldest waiter looks on for `max_wait` seconds; then the least recently used model that has
+  been ready for `min_residency` takes no new requests, finishes its running ones and makes way. Running answers are
+  never cut for this. Who still waits for it has the next turn after those that it made way for.
 - A model that fails to start backs off: 1 s, 2 s, 4 s ... 60 s, and up to a quarter more by chance, so that many do
   not try at once; the first request after the pause tries, and an answer ends it. A crash after it was ready costs
   nothing the first time.
@@ -17,10 +21,10 @@ the event loop's thread. The rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from math import inf
 
+from supervisor.entry import COUNTED, OCCUPYING, STAYING, Entry, Priority, State, Waiter
 from supervisor.errors import NotLoaded, QueueFull, ShuttingDown, StartFailed, SupervisorError, WaitTimeout
 
 MAX_BACKOFF = 60.0
@@ -29,27 +33,6 @@ MAX_BACKOFF = 60.0
 
 MAX_JITTER = 0.25
 """Share of a pause that chance adds at most."""
-
-
-class State(StrEnum):
-    """Where a model's child is in its life; all changes happen in `Scheduler`."""
-
-    ABSENT = "absent"
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPING = "stopping"
-    FAILED = "failed"
-
-
-STAYING = frozenset({State.STARTING, State.READY})
-"""States of a child that nobody asked to go."""
-
-COUNTED = STAYING | {State.DRAINING}
-"""States in which a child has one of the `max_loaded` places."""
-
-OCCUPYING = COUNTED | {State.STOPPING}
-"""States in which a child holds memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,37 +81,12 @@ class Limits:
     max_loaded: int = 3
     overlap: int = 0
     max_wait: float = 5.0
+    min_residency: float = 5.0
+    max_in_flight: int = 64
+    priority_seconds: float = 30.0
     queue_limit: int = 256
     queue_timeout: float = 600.0
     drain: float = 30.0
-
-
-@dataclass(slots=True)
-class Entry:
-    """What the scheduler knows of one model."""
-
-    model: str
-    state: State = State.ABSENT
-    pinned: bool = False
-    idle_unload: float = 0.0  # seconds; 0: never
-    wanted: bool = False  # asked to be loaded, whether or not a request waits
-    leases: set[int] = field(default_factory=set)
-    waiters: dict[int, float] = field(default_factory=dict)  # ticket -> since when, oldest first
-    last_used: float = -inf
-    ready_at: float = -inf
-    drain_until: float = inf  # a draining child is cut then
-    failures: int = 0  # in a row
-    retry_at: float = -inf
-    restarts: int = 0  # it died after it was ready; this and the next four count since the supervisor began
-    starts: int = 0
-    start_failures: int = 0
-    made_room: int = 0
-    idled_out: int = 0
-    error: SupervisorError | None = None
-
-    def oldest(self) -> float:
-        """Return since when the oldest waiter waits; infinite when none does."""
-        return next(iter(self.waiters.values()), inf)
 
 
 class Scheduler:
@@ -144,27 +102,41 @@ class Scheduler:
 
     # Events from requests
 
-    def request(self, ticket: int, model: str, now: float, *, start: bool = True) -> list[Decision]:
-        """A request wants `model`. With `start=False` it may wait for a start but not cause one."""
+    def request(
+        self,
+        ticket: int,
+        model: str,
+        now: float,
+        *,
+        start: bool = True,
+        priority: Priority = Priority.NORMAL,
+        counts: bool = True,
+    ) -> list[Decision]:
+        """A request wants `model`. With `start=False` it may wait for a start but not cause one.
+
+        With `counts=False` it is none of the `max_in_flight`, and no busy model keeps it waiting.
+        """
         entry = self.entry(model)
         if self.closing:
             return [Refuse(ticket, ShuttingDown("the supervisor is shutting down", retry_after=5))]
-        if entry.state is State.READY:
+        waiter = Waiter(now, now - priority * self.limits.priority_seconds, priority, counts)
+        if entry.state is State.READY and self._has_room(entry, waiter):
             self._tickets[ticket] = entry
-            entry.leases.add(ticket)
+            self._lend(entry, ticket, waiter)
             entry.last_used = now
             return [Grant(ticket, model)]
         if entry.state is State.FAILED and now < entry.retry_at:
             assert entry.error is not None
             return [Refuse(ticket, _again(entry.error, entry.retry_at - now))]
         returns = entry.state in (State.DRAINING, State.STOPPING) and (entry.waiters or entry.wanted)
-        if not start and entry.state is not State.STARTING and not returns:
+        if not start and entry.state not in STAYING and not returns:
             return [Refuse(ticket, NotLoaded(f"model {model!r} is not loaded", param="model"))]
         if len(entry.waiters) >= self.limits.queue_limit:
-            message = f"{len(entry.waiters)} requests wait for model {model!r} already"
-            return [Refuse(ticket, QueueFull(message, retry_after=max(1.0, self.limits.max_wait)))]
+            entry.turned_away += 1
+            full = QueueFull(model, entry.position(waiter.rank), len(entry.waiters), max(1.0, self.limits.max_wait))
+            return [Refuse(ticket, full)]
         self._tickets[ticket] = entry
-        entry.waiters[ticket] = now
+        entry.waiters[ticket] = waiter
         return self._schedule(now)
 
     def cancel(self, ticket: int, now: float) -> list[Decision]:
@@ -182,12 +154,14 @@ class Scheduler:
         if entry is None or ticket not in entry.leases:
             return []
         entry.leases.discard(ticket)
+        entry.aside.discard(ticket)
         entry.last_used = now
         if ok and entry.state is State.READY:
             entry.failures = 0
         if not entry.leases and entry.state is State.DRAINING:
             return self._stop(entry, "drained") + self._schedule(now)
-        return self._schedule(now) if self._anyone_waits() else []
+        granted = self._grant(entry)
+        return granted + self._schedule(now) if self._anyone_waits() else granted
 
     # Events from people and files
 
@@ -228,6 +202,8 @@ class Scheduler:
                 break
             victim = min(candidates, key=lambda e: (bool(e.leases), e.last_used))
             decisions += self._retire(victim, now, "fewer models may run")
+        for entry in self.entries.values():
+            decisions += self._grant(entry)
         return decisions + self.tick(now)
 
     def remove(self, model: str, now: float, error: SupervisorError) -> list[Decision]:
@@ -258,10 +234,7 @@ class Scheduler:
         entry.ready_at = entry.last_used = now
         entry.wanted = False
         entry.error = None
-        granted: list[Decision] = [Grant(ticket, model) for ticket in entry.waiters]
-        entry.leases.update(entry.waiters)
-        entry.waiters.clear()
-        return granted + self._schedule(now)
+        return self._grant(entry) + self._schedule(now)
 
     def failed(self, model: str, error: SupervisorError, now: float) -> list[Decision]:
         """The child of `model` did not become ready, or died."""
@@ -296,12 +269,7 @@ class Scheduler:
         """Do what is due by now; call it at `next_tick`."""
         decisions: list[Decision] = []
         for entry in self.entries.values():
-            for ticket, since in list(entry.waiters.items()):
-                if now < since + self.limits.queue_timeout:
-                    break
-                self._forget(entry, ticket)
-                waited = f"waited {now - since:.0f} s for model {entry.model!r}"
-                decisions.append(Refuse(ticket, WaitTimeout(waited, retry_after=self.limits.max_wait)))
+            decisions += self._time_out(entry, now)
             if entry.state is State.DRAINING and now >= entry.drain_until:
                 decisions += self._stop(entry, "drain time over")
             elif self._idle_until(entry) <= now:
@@ -324,7 +292,7 @@ class Scheduler:
                 due = min(due, entry.drain_until)
             due = min(due, self._idle_until(entry))
         busy = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
-        for entry in sorted(hopeful, key=Entry.oldest)[self._places() :]:
+        for entry in sorted(hopeful, key=Entry.turn)[self._places() :]:
             due = min(due, min((self._patience_ends(entry, e) for e in busy), default=inf))
         return None if due == inf else max(now, due)
 
@@ -368,16 +336,17 @@ class Scheduler:
     # The rules
 
     def _schedule(self, now: float) -> list[Decision]:
-        """Start what is wanted, oldest waiter first, making room where the rules allow it."""
+        """Start what is wanted, by rank, making room where the rules allow it."""
         if self.closing:
             return []
-        due = sorted((e for e in self.entries.values() if self._wants_start(e, now)), key=Entry.oldest)
+        due = sorted((e for e in self.entries.values() if self._wants_start(e, now)), key=Entry.turn)
         decisions: list[Decision] = []
         for entry in due[self._places() :]:
             decisions += self._make_room(entry, now)
         due = [entry for entry in due if self._wants_start(entry, now)]  # some may have been refused
         for entry in due[: self._free()]:
             entry.state = State.STARTING
+            entry.made_way_at = -inf
             entry.starts += 1
             decisions.append(Start(entry.model))
         return decisions
@@ -389,6 +358,7 @@ class Scheduler:
         if idle:
             victim = min(idle, key=lambda e: e.last_used)
             victim.made_room += 1
+            victim.made_way_at = now
             return self._stop(victim, f"making room for {entry.model}")
         if sum(e.pinned for e in self.entries.values() if e.state in STAYING) >= self.limits.max_loaded:
             entry.wanted = False
@@ -398,6 +368,7 @@ class Scheduler:
         if patient:
             victim = min(patient, key=lambda e: e.last_used)
             victim.made_room += 1
+            victim.made_way_at = now
             return self._retire(victim, now, f"making room for {entry.model}")
         return []
 
@@ -426,10 +397,10 @@ class Scheduler:
         return False
 
     def _patience_ends(self, waiting: Entry, busy: Entry) -> float:
-        """Return when `busy` may be drained for `waiting`: both have had their `max_wait` seconds."""
+        """Return when `busy` may be drained for `waiting`: one has waited, the other served, for long enough."""
         if not waiting.waiters:
             return inf
-        return max(waiting.oldest(), busy.ready_at) + self.limits.max_wait
+        return max(waiting.turn()[0] + self.limits.max_wait, busy.ready_at + self.limits.min_residency)
 
     def _places(self) -> int:
         """Return how many models can start without anything more having to go, some of them only later."""
@@ -451,6 +422,39 @@ class Scheduler:
 
     def _anyone_waits(self) -> bool:
         return any(entry.waiters or entry.wanted for entry in self.entries.values())
+
+    def _has_room(self, entry: Entry, waiter: Waiter) -> bool:
+        return not waiter.counts or entry.in_flight() < self.limits.max_in_flight
+
+    def _lend(self, entry: Entry, ticket: int, waiter: Waiter) -> None:
+        entry.leases.add(ticket)
+        if not waiter.counts:
+            entry.aside.add(ticket)
+
+    def _grant(self, entry: Entry) -> list[Decision]:
+        """Give waiters a lease, by rank, as far as the child is ready and may have more."""
+        granted: list[Decision] = []
+        if entry.state is not State.READY or not entry.waiters:
+            return granted
+        for ticket, waiter in entry.queue():
+            if self._has_room(entry, waiter):
+                del entry.waiters[ticket]
+                self._lend(entry, ticket, waiter)
+                granted.append(Grant(ticket, entry.model))
+        return granted
+
+    def _time_out(self, entry: Entry, now: float) -> list[Decision]:
+        """Refuse those who have waited for too long."""
+        refused: list[Decision] = []
+        for ticket, waiter in list(entry.waiters.items()):
+            if now < waiter.since + self.limits.queue_timeout:
+                break
+            place, length = entry.position(waiter.rank) - 1, len(entry.waiters)
+            self._forget(entry, ticket)
+            entry.timed_out += 1
+            error = WaitTimeout(entry.model, place, length, now - waiter.since, self.limits.max_wait)
+            refused.append(Refuse(ticket, error))
+        return refused
 
     def _refuse_all(self, entry: Entry, error: SupervisorError) -> list[Decision]:
         refused: list[Decision] = [Refuse(ticket, error) for ticket in entry.waiters]

@@ -50,7 +50,9 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
     )
     made, scheduler = Metrics(), Scheduler(Limits())
     scheduler.entry("m")
-    made.registry.register(FleetCollector(SimpleNamespace(scheduler=scheduler, children={"m": Process()})))
+    made.registry.register(
+        FleetCollector(SimpleNamespace(scheduler=scheduler, children={"m": Process()}, queue_ages=lambda: {"m": 0.0}))
+    )
     made.of("m").count("/x", 200, waited=0.0, took=0.0, first=0.0, tokens=Tokens(1, 1, 1))
     made.errors.labels("x").inc()
     made.retries.labels("m").inc()

@@ -18,9 +18,10 @@ import pytest
 from test_gate import FAKE
 
 from supervisor import app, live
+from supervisor.entry import State
 from supervisor.errors import ConfigInvalid
 from supervisor.live import FIXED
-from supervisor.scheduler import Limits, Scheduler, State, Stop
+from supervisor.scheduler import Limits, Scheduler, Stop
 from supervisor.settings import load as load_settings
 
 CHAT = "/v1/chat/completions"

@@ -13,9 +13,10 @@ from test_gate import CHAT, Front
 
 from supervisor import logs, request_id
 from supervisor.config import LoggingSection
+from supervisor.entry import State
 from supervisor.errors import StartFailed
 from supervisor.metrics import labelled
-from supervisor.scheduler import Limits, Scheduler, State
+from supervisor.scheduler import Limits, Scheduler
 from supervisor.usage import Tokens, told
 
 pytest_plugins = ["test_gate"]

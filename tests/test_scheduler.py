@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from supervisor.entry import Entry, Priority, State, Waiter
 from supervisor.errors import ModelNotFound, NotLoaded, QueueFull, ShuttingDown, StartFailed, WaitTimeout
-from supervisor.scheduler import (
-    Decision,
-    Grant,
-    Limits,
-    Refuse,
-    Scheduler,
-    Start,
-    State,
-    Stop,
-)
+from supervisor.scheduler import Decision, Grant, Limits, Refuse, Scheduler, Start, Stop
 
 BOOM = StartFailed("boom")
 
@@ -159,7 +151,7 @@ def test_a_busy_model_is_drained_only_after_max_wait_and_its_answers_finish():
     assert s.stopped("a", 19.1) == [Start("b")]
     assert s.ready("b", 19.6) == [Grant(2, "b")]
     s.release(2, 20)
-    assert s.entry("a").waiters == {4: 17}
+    assert s.entry("a").waiters == {4: Waiter(17, 17)}
 
 
 def test_the_swapped_out_model_comes_back_for_its_waiters():
@@ -421,3 +413,170 @@ def test_chance_makes_pauses_longer_and_an_answer_forgets_them():
         s.load("a", 20)
         s.failed("a", BOOM, 20)
     assert s.entry("a").retry_at == 20 + 60 * 1.25
+
+
+# Whose turn it is
+
+
+def test_a_child_gets_as_many_requests_as_it_may_have_and_the_others_in_their_turn():
+    s = scheduler(max_in_flight=2)
+    for ticket in (1, 2, 3, 4):
+        s.request(ticket, "a", 0)
+    assert s.ready("a", 1) == [Grant(1, "a"), Grant(2, "a")]
+    assert s.request(5, "a", 2) == []
+    assert s.release(2, 3) == [Grant(3, "a")]
+    assert s.cancel(4, 4) == []
+    assert s.release(1, 5) == [Grant(5, "a")]
+    assert s.entry("a").leases == {3, 5}
+
+
+def test_what_computes_nothing_does_not_wait_for_those_that_do():
+    s = scheduler(max_in_flight=1)
+    s.request(1, "a", 0)
+    s.request(2, "a", 0)
+    s.request(3, "a", 0, counts=False)
+    assert s.ready("a", 1) == [Grant(1, "a"), Grant(3, "a")]
+    assert s.request(4, "a", 2, counts=False) == [Grant(4, "a")]
+    assert s.release(4, 3) == []
+    assert s.release(1, 3) == [Grant(2, "a")]
+    assert s.request(5, "a", 4) == []  # 3 goes on, and is none of those that count
+
+
+def test_a_higher_limit_lets_waiters_in_at_once():
+    s = scheduler(max_in_flight=1)
+    ready(s, "a")
+    s.request(1, "a", 1)
+    s.request(2, "a", 1)
+    assert s.set_limits(Limits(max_loaded=1, max_in_flight=2), 2) == [Grant(2, "a")]
+
+
+def test_the_queue_of_a_ready_model_is_bounded_in_length_and_time():
+    s = scheduler(max_in_flight=1, queue_limit=1, queue_timeout=60)
+    ready(s, "a")
+    s.request(1, "a", 1)
+    s.request(2, "a", 2)
+    assert refusals(s.request(3, "a", 3)) == {3: QueueFull}
+    assert s.next_tick(3) == 62
+    assert refusals(s.tick(62)) == {2: WaitTimeout}
+    assert (s.entry("a").turned_away, s.entry("a").timed_out) == (1, 1)
+
+
+def test_who_is_refused_learns_the_place_in_the_queue():
+    s = scheduler(queue_limit=2, queue_timeout=60)
+    s.request(1, "a", 0)
+    s.request(2, "a", 10, priority=Priority.LOW)
+    for priority, place in ((Priority.NORMAL, 2), (Priority.LOW, 3), (Priority.HIGH, 1)):
+        [refused] = s.request(3, "a", 11, priority=priority)
+        assert isinstance(refused, Refuse)
+        assert isinstance(refused.error, QueueFull)
+        assert (refused.error.position, refused.error.length) == (place, 2)
+        assert refused.error.retry_after == 5
+    [refused] = s.tick(60)
+    assert isinstance(refused, Refuse)
+    assert isinstance(refused.error, WaitTimeout)
+    assert (refused.error.position, refused.error.length) == (1, 2)
+    assert refused.error.body()["error"]["queue_position"] == 1
+
+
+def test_priorities_order_a_queue_but_a_step_is_worth_only_some_seconds():
+    s = scheduler(max_in_flight=1, priority_seconds=30)
+    ready(s, "a")
+    s.request(1, "a", 0)
+    for ticket, now, priority in (
+        (2, 1, Priority.LOW),
+        (3, 2, Priority.NORMAL),
+        (4, 3, Priority.HIGH),
+        (5, 31, Priority.HIGH),
+        (6, 33, Priority.HIGH),
+        (7, 62, Priority.HIGH),
+    ):
+        assert s.request(ticket, "a", now, priority=priority) == []
+    order = []
+    for _ in range(6):
+        [ticket] = s.entry("a").leases
+        [granted] = s.release(ticket, 63)
+        assert isinstance(granted, Grant)
+        order.append(granted.ticket)
+    assert order == [4, 5, 3, 6, 2, 7]
+
+
+def test_a_model_with_an_urgent_waiter_starts_first_and_an_unhurried_one_later():
+    s = scheduler(max_loaded=1, min_residency=0)
+    ready(s, "a")
+    s.request(1, "a", 100)
+    s.request(2, "b", 101, priority=Priority.LOW)
+    s.request(3, "c", 102, priority=Priority.HIGH)  # has waited for 30 s already, as it were
+    assert s.entry("a").state is State.DRAINING
+    assert s.release(1, 103) == [Stop("a", "drained")]
+    assert s.stopped("a", 104) == [Start("c")]
+    s.ready("c", 105)
+    assert s.next_tick(105) == 101 + 30 + 5
+    assert s.tick(135) == []
+    assert s.entry("c").state is State.READY
+
+
+def test_a_busy_model_that_has_just_loaded_stays_for_its_residency():
+    s = scheduler(max_wait=2, min_residency=20)
+    s.request(1, "a", 0)
+    s.request(2, "b", 0)
+    s.ready("a", 10)
+    assert s.next_tick(10) == 30
+    s.tick(29.9)
+    assert s.request(3, "a", 29.9) == [Grant(3, "a")]
+    s.tick(30)
+    assert s.entry("a").state is State.DRAINING
+
+
+def test_an_idle_model_need_not_stay_for_its_residency():
+    s = scheduler(min_residency=20)
+    s.request(1, "a", 0)
+    s.request(2, "b", 0)
+    s.ready("a", 10)
+    assert s.release(1, 11) == [Stop("a", "making room for b")]
+
+
+@pytest.mark.parametrize("priority", Priority)
+@pytest.mark.parametrize("max_wait", [0.0, 5.0])
+def test_who_waits_for_a_model_that_made_way_comes_after_those_that_it_made_way_for(max_wait, priority):
+    """Else it would leave, only to come back at once."""
+    s = scheduler(max_in_flight=1, max_wait=max_wait)
+    ready(s, "a")
+    s.request(1, "a", 10)
+    s.request(2, "a", 10)  # waits for longer than the one below
+    s.request(3, "b", 10)
+    s.tick(10 + max_wait)
+    assert s.entry("a").state is State.DRAINING
+    s.request(4, "a", 11 + max_wait, priority=priority)
+    assert s.release(1, 16) == [Stop("a", "drained")]
+    assert s.stopped("a", 17) == [Start("b")]
+    s.ready("b", 18)
+    assert s.release(3, 19) == [Stop("b", "making room for a")]
+    assert s.stopped("b", 20) == [Start("a")]
+    assert s.entry("a").made_way_at < 0
+
+
+def test_models_that_all_have_long_queues_take_turns():
+    s = scheduler(max_in_flight=1, max_wait=5, min_residency=10)
+    for ticket in range(300):
+        s.request(ticket, "abc"[ticket % 3], 0)
+    turns, now = [], 0.0
+    for _ in range(12):
+        [running] = [e for e in s.entries.values() if e.state is State.STARTING]
+        turns.append(running.model)
+        s.ready(running.model, now)
+        for _ in range(11):
+            now += 1
+            s.tick(now)
+            [ticket] = running.leases
+            s.release(ticket, now)
+            if running.state is State.STOPPING:
+                break
+        s.stopped(running.model, now)
+    assert "".join(turns) == "abc" * 4
+
+
+def test_the_queue_is_told_in_its_order():
+    entry = Entry("a")
+    entry.waiters = {1: Waiter(0, 0), 2: Waiter(1, 31, Priority.LOW), 3: Waiter(2, -28, Priority.HIGH)}
+    assert [ticket for ticket, _ in entry.queue()] == [3, 1, 2]
+    assert [entry.position(rank) for rank in (-40, -28, 0, 100)] == [1, 2, 3, 4]

@@ -9,20 +9,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from supervisor.entry import COUNTED, OCCUPYING, STAYING, Entry, Priority, State, Waiter
 from supervisor.errors import ModelNotFound, StartFailed
-from supervisor.scheduler import (
-    COUNTED,
-    OCCUPYING,
-    STAYING,
-    Decision,
-    Grant,
-    Limits,
-    Refuse,
-    Scheduler,
-    Start,
-    State,
-    Stop,
-)
+from supervisor.scheduler import Decision, Grant, Limits, Refuse, Scheduler, Start, Stop
 
 BOOM = StartFailed("boom")
 
@@ -39,13 +28,33 @@ class Machine(RuleBasedStateMachine):
         self.now = 0.0
         self.next_ticket = 1
         self.waiting: dict[int, str] = {}
+        self.asked: dict[int, Waiter] = {}
         self.leases: dict[int, str] = {}
         self.children: Counter[str] = Counter()
         self.stopping: set[str] = set()
+        self.draining: set[str] = set()
 
-    @initialize(overlap=st.integers(0, 2), pinned=st.sets(models))
-    def set_up(self, overlap: int, pinned: set[str]) -> None:
-        self.s = Scheduler(Limits(max_loaded=2, overlap=overlap, max_wait=5, queue_limit=8, queue_timeout=50, drain=20))
+    @initialize(
+        overlap=st.integers(0, 2),
+        pinned=st.sets(models),
+        max_in_flight=st.integers(1, 4),
+        max_wait=st.sampled_from([0, 5]),
+        min_residency=st.sampled_from([0, 3, 12]),
+    )
+    def set_up(self, overlap: int, pinned: set[str], max_in_flight: int, max_wait: float, min_residency: float) -> None:
+        self.s = Scheduler(
+            Limits(
+                max_loaded=2,
+                overlap=overlap,
+                max_wait=max_wait,
+                min_residency=min_residency,
+                max_in_flight=max_in_flight,
+                priority_seconds=10,
+                queue_limit=8,
+                queue_timeout=50,
+                drain=20,
+            )
+        )
         self.pinned = pinned
         self.allowed = {"counted": 2, "occupied": 2 + overlap}
 
@@ -61,17 +70,32 @@ class Machine(RuleBasedStateMachine):
                     assert model not in self.stopping
                     self.stopping.add(model)
                 case Grant(ticket, model):
-                    assert self.s.entry(model).state is State.READY, "leases only on ready children"
+                    state = self.s.entry(model).state  # it may begin to drain at the same moment
+                    assert state is State.READY or (state is State.DRAINING and model not in self.draining)
+                    assert self.children[model] == 1
+                    assert model not in self.stopping, "leases only on ready children"
                     assert self.waiting.pop(ticket) == model
                     self.leases[ticket] = model
+                    self.check_turn(ticket, model)
                 case Refuse(ticket):
                     assert self.waiting.pop(ticket, None) is not None
+        self.draining = {e.model for e in self.s.entries.values() if e.state is State.DRAINING}
 
-    @rule(model=models, start=st.booleans())
-    def request(self, model: str, start: bool) -> None:
+    def check_turn(self, ticket: int, model: str) -> None:
+        """A request overtakes those of its model that are less urgent and came a little earlier, and nobody else."""
+        granted = self.asked[ticket]
+        if not granted.counts:
+            return
+        for waiter in self.s.entry(model).waiters.values():
+            if waiter.counts:
+                assert granted.since - waiter.since <= 10 * max(0, granted.priority - waiter.priority)
+
+    @rule(model=models, start=st.booleans(), priority=st.sampled_from(Priority), counts=st.booleans())
+    def request(self, model: str, start: bool, priority: Priority, counts: bool) -> None:
         ticket, self.next_ticket = self.next_ticket, self.next_ticket + 1
         self.waiting[ticket] = model
-        self.carry_out(self.s.request(ticket, model, self.now, start=start))
+        self.asked[ticket] = Waiter(self.now, 0.0, priority, counts)
+        self.carry_out(self.s.request(ticket, model, self.now, start=start, priority=priority, counts=counts))
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -113,9 +137,9 @@ class Machine(RuleBasedStateMachine):
             self.children[model] = 0
             self.carry_out(self.s.failed(model, BOOM, self.now))
 
-    @rule(most=st.integers(1, 3))
-    def other_limits(self, most: int) -> None:
-        self.carry_out(self.s.set_limits(replace(self.s.limits, max_loaded=most), self.now))
+    @rule(most=st.integers(1, 3), in_flight=st.integers(1, 4))
+    def other_limits(self, most: int, in_flight: int) -> None:
+        self.carry_out(self.s.set_limits(replace(self.s.limits, max_loaded=most, max_in_flight=in_flight), self.now))
 
     @rule(seconds=st.floats(0.01, 30))
     def time_passes(self, seconds: float) -> None:
@@ -159,6 +183,35 @@ class Machine(RuleBasedStateMachine):
         assert not idle or wanting <= limits.max_loaded - staying, "an idle model makes room"
 
     @invariant()
+    def nobody_waits_past_the_bound(self) -> None:
+        """No busy model that has been there for long enough is in the way of one whose waiter has had `max_wait`."""
+        limits = self.s.limits
+        ready = [e for e in self.s.entries.values() if e.state is State.READY and not e.pinned]
+        latest = self.now - limits.min_residency
+        enough = [e for e in ready if not e.leases or e.ready_at <= latest]
+        if not enough:
+            return
+        absent = [e for e in self.s.entries.values() if e.state is State.ABSENT and e.waiters]
+        late = [e for e in absent if self.due(e) <= self.now]
+        staying = sum(e.state in STAYING for e in self.s.entries.values())
+        assert len(late) <= max(0, limits.max_loaded - staying), "somebody has waited long enough, and nobody makes way"
+
+    def due(self, entry: Entry) -> float:
+        """Return when a busy model must make way for `entry`."""
+        rank = min(w.since - 10 * w.priority for w in entry.waiters.values())
+        return max(rank, entry.made_way_at) + self.s.limits.max_wait
+
+    @invariant()
+    def no_child_has_too_many_requests(self) -> None:
+        """Where the limit was lowered, or a child died, those from before count too."""
+        for entry in self.s.entries.values():
+            assert entry.aside <= entry.leases
+            assert entry.aside == {ticket for ticket in entry.leases if not self.asked[ticket].counts}
+            if entry.state is State.READY and entry.waiters:
+                assert all(waiter.counts for waiter in entry.waiters.values())
+                assert entry.in_flight() >= self.s.limits.max_in_flight, "who could run does not wait"
+
+    @invariant()
     def nothing_is_overdue(self) -> None:
         assert self.s.overdue(self.now) == []
 
@@ -172,13 +225,10 @@ class Machine(RuleBasedStateMachine):
         waiting = {t: e.model for e in self.s.entries.values() for t in e.waiters}
         assert waiting == self.waiting
         assert set(self.s.tickets()) == set(self.waiting) | set(self.leases)
-        for entry in self.s.entries.values():
-            if entry.waiters:
-                assert entry.state is not State.READY, "who could run does not wait"
 
     def teardown(self) -> None:
         """Whatever happened: when all answers end and children obey, every waiter is served or refused."""
-        for _ in range(200):
+        for _ in range(400):
             for ticket in list(self.leases):
                 del self.leases[ticket]
                 self.carry_out(self.s.release(ticket, self.now))
@@ -196,6 +246,8 @@ class Machine(RuleBasedStateMachine):
                 break
         assert not self.waiting
         assert not list(self.s.tickets())
+        for entry in self.s.entries.values():
+            assert (entry.leases, entry.aside, entry.waiters, entry.in_flight()) == (set(), set(), {}, 0)
 
 
 Machine.TestCase.settings = hypothesis_settings(max_examples=150, stateful_step_count=60, deadline=None)

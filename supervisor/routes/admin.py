@@ -14,13 +14,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from supervisor import __version__
 from supervisor.access import permit
+from supervisor.entry import COUNTED, State
 from supervisor.errors import BadRequest, ModelNotFound
 from supervisor.live import LIVE
 from supervisor.metrics import METRICS, exposition
 from supervisor.routes.keys import ACCESS, CATALOG, FLEET, URLS
 from supervisor.routes.native import pass_through, preflight
 from supervisor.routes.wrap import guarded
-from supervisor.scheduler import COUNTED, State
 from supervisor.settings import show
 
 _STARTED = time.monotonic()

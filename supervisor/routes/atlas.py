@@ -12,12 +12,12 @@ from aiohttp import web
 
 from supervisor import atlas_folder, plan
 from supervisor.access import caller_of
+from supervisor.entry import State
 from supervisor.models.catalog import Model
 from supervisor.relay import relay
 from supervisor.routes.keys import FLEET
 from supervisor.routes.native import find_model, pass_through, preflight
 from supervisor.routes.wrap import body_of, guarded, json_object
-from supervisor.scheduler import State
 
 FILES, INFO, EVENTS = "/v1/atlas/memory", "/v1/atlas/memory/info", "/v1/atlas/metrics/stream"
 
@@ -60,7 +60,7 @@ async def delete_file(request: web.Request) -> web.StreamResponse:
 @guarded
 async def metrics_events(request: web.Request) -> web.StreamResponse:
     """GET /v1/atlas/metrics/stream: events for as long as the model runs; they do not keep it."""
-    lease = await request.app[FLEET].acquire(find_model(request, b"").id, start=False)
+    lease = await request.app[FLEET].acquire(find_model(request, b"").id, start=False, counts=False)
     lease.release()
     return await relay(request, b"", lease)
 

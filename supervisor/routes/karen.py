@@ -23,13 +23,14 @@ from supervisor import explain
 from supervisor.access import caller_of, permit
 from supervisor.child import Child
 from supervisor.config import Config
+from supervisor.entry import State
 from supervisor.errors import BadRequest, ChildFailed, SupervisorError
 from supervisor.fleet import Lease
 from supervisor.relay import error_event, exchange
 from supervisor.routes.keys import CATALOG, FLEET, SWITCHES
 from supervisor.routes.models import atlas_support
+from supervisor.routes.priority import priority_of
 from supervisor.routes.wrap import guarded, json_object
-from supervisor.scheduler import State
 from supervisor.upstream import Connection, UpstreamClosed
 
 CHAT = "/v1/chat/completions"
@@ -69,7 +70,7 @@ async def inference(request: web.Request) -> web.StreamResponse:
     permit(request, model)
     content = json.dumps(body | {"model": model.id}).encode()
     began = time.monotonic()
-    lease = await request.app[FLEET].acquire(model.id)
+    lease = await request.app[FLEET].acquire(model.id, priority=priority_of(request))
     watch = _Watch(began, time.monotonic())
     if body["stream"]:
         return await _stream(request, content, lease, watch)

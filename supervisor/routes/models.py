@@ -14,6 +14,7 @@ from supervisor import explain, plan
 from supervisor.access import caller_of, permit
 from supervisor.atlas_support import Support, expected
 from supervisor.config import Config, PerformanceSection
+from supervisor.entry import Entry, State
 from supervisor.errors import BadRequest, ModelInvalid, ModelNotFound, SupervisorError
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Model
@@ -22,7 +23,6 @@ from supervisor.models.model_files import AUTO
 from supervisor.routes.gate import demand, may
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.wrap import guarded, json_object
-from supervisor.scheduler import Entry, State
 
 PING_SECONDS = 15
 """Pause between two comments that keep a silent event stream open."""

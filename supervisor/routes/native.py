@@ -16,6 +16,7 @@ from supervisor.errors import BadRequest, ChildDied, SupervisorError
 from supervisor.models.catalog import Model
 from supervisor.relay import relay
 from supervisor.routes.keys import CATALOG, FLEET
+from supervisor.routes.priority import priority_of
 from supervisor.routes.streams import remember
 from supervisor.routes.wrap import body_of, guarded
 
@@ -91,6 +92,20 @@ ONCE = frozenset(
     ]
 )
 """Routes that are not asked a second time."""
+
+ASIDE = ONCE | frozenset(
+    [
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+        "/v1/messages/count_tokens",
+        "/v1/chat/completions/input_tokens",
+        "/chat/completions/input_tokens",
+        "/v1/responses/input_tokens",
+        "/responses/input_tokens",
+    ]
+)
+"""POST routes that no slot computes, so that they need not wait for one."""
 
 _LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 _FALSE = frozenset(["0", "false", "no", "off"])
@@ -171,10 +186,11 @@ async def pass_through(request: web.Request) -> web.StreamResponse:
         start = start and request.query.get("autoload", "").lower() not in _FALSE
     if "X-Conversation-Id" in request.headers:
         remember(request, model.id)
+    priority, counts = priority_of(request), computes(request)
     first = True
     while True:
         try:
-            lease = await fleet.acquire(model.id, start=start)
+            lease = await fleet.acquire(model.id, start=start, priority=priority, counts=counts)
             return await relay(request, body, lease)
         except ChildDied as died:
             if not first or not may_repeat(request, body):
@@ -190,9 +206,17 @@ def may_repeat(request: web.Request, body: bytes) -> bool:
 
     Not what changes something, acts outside, or goes on with an ATLAS session, as nobody knows how far it came.
     """
+    return request.method in ("GET", "POST") and _canonical(request) not in ONCE and b'"atlas"' not in body
+
+
+def computes(request: web.Request) -> bool:
+    """Whether a request takes one of its model's slots."""
+    return request.method == "POST" and _canonical(request) not in ASIDE
+
+
+def _canonical(request: web.Request) -> str:
     resource = request.match_info.route.resource
-    path = resource.canonical if resource is not None else ""
-    return request.method in ("GET", "POST") and path not in ONCE and b'"atlas"' not in body
+    return resource.canonical if resource is not None else ""
 
 
 @guarded
@@ -201,7 +225,7 @@ async def preflight(request: web.Request) -> web.StreamResponse:
     fleet = request.app[FLEET]
     try:
         model = request.app[CATALOG].resolve(request.query.get("model"), fleet.running())
-        lease = await fleet.acquire(model.id, start=False)
+        lease = await fleet.acquire(model.id, start=False, counts=False)
     except SupervisorError:
         origin = request.headers.get("Origin", "")
         allowed = {

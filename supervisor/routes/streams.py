@@ -74,7 +74,7 @@ async def one_stream(request: web.Request) -> web.StreamResponse:
     model = catalog.resolve(request.query.get("model") or (found.model if found else None), fleet.running())
     permit(request, model)
     try:
-        lease = await fleet.acquire(model.id, start=False)
+        lease = await fleet.acquire(model.id, start=False, counts=False)
     except NotLoaded:
         return _absent(request)
     return await relay(request, b"", lease)
@@ -95,7 +95,7 @@ async def lookup(request: web.Request) -> web.StreamResponse:
     found: list[Any] = []
     for model in fleet.running():
         try:
-            lease = await fleet.acquire(model, start=False)
+            lease = await fleet.acquire(model, start=False, counts=False)
         except SupervisorError:
             continue  # it went away meanwhile, and its answers with it
         try:

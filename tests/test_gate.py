@@ -69,10 +69,10 @@ class Front:
 
 @pytest.fixture
 async def begin(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
-    """Return a function that starts the supervisor with these settings of `api`."""
+    """Return a function that starts the supervisor with these settings of `api`, and of `inference`."""
     async with AsyncExitStack() as stack:
 
-        async def start(**api: object) -> Front:
+        async def start(inference: dict[str, Any] | None = None, **api: object) -> Front:
             folder = short_tmp / "models"
             folder.mkdir()
             for name in ("one", "two"):
@@ -88,6 +88,7 @@ async def begin(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
                 "atlas": {"memory_directory": short_tmp / "memory"},
                 "logging": {"directory": short_tmp / "logs"},
                 "api": {"keys_file": world.path} | api,
+                "inference": inference or {},
             }
             settings = Settings(Config.model_validate(config), None, short_tmp, {})
             running = await stack.enter_async_context(supervisor(settings))

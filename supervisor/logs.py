@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 from supervisor.config import LoggingSection
 from supervisor.request_id import current
@@ -58,7 +59,7 @@ def set_up(settings: LoggingSection) -> None:
 
 def _is_ours(record: logging.LogRecord) -> bool:
     """Leave out requests that are no HTTP: they are answered with 400, and anybody could fill the log with them."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    return not (record.exc_info and isinstance(record.exc_info[1], (HttpProcessingError, RequestPayloadError)))
 
 
 def set_level(settings: LoggingSection) -> None:

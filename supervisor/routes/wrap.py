@@ -32,6 +32,9 @@ def guarded(handler: Handler) -> Handler:
             limit = request.client_max_size / 1024 / 1024
             too_large = BodyTooLarge(f"the request body is over {limit:g} MiB (api.max_body_mb)")
             return error_response(request, too_large)
+        except web.RequestPayloadError as error:  # wrong chunks, or not what its Content-Encoding says
+            reason = str(error).strip().rpartition("\n")[2].strip()
+            return error_response(request, BadRequest(f"the request body cannot be read: {reason}"))
 
     return wrapped
 

@@ -22,7 +22,7 @@ from supervisor.live import LIVE, Live
 from supervisor.metrics import METRICS
 from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
-from supervisor.routes import admin, atlas, gate, karen, models, streams
+from supervisor.routes import admin, atlas, gate, karen, models, openapi, streams
 from supervisor.routes import native as native_routes
 from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, SWITCHES, URLS, Switches
 from supervisor.runtime import Runtime
@@ -73,6 +73,7 @@ def make_app(live: Live, catalog: Catalog, fleet: Fleet, access: Access) -> web.
     models.add(app)
     karen.add(app)
     admin.add(app)
+    openapi.add(app)
     app.router.add_route("*", "/{path:.*}", unrouted)
     return app
 

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from supervisor import errors
 from supervisor.metrics import FleetCollector, Metrics
-from supervisor.routes import admin, atlas, karen, models, native, streams
+from supervisor.routes import admin, atlas, karen, models, native, openapi, streams
 from supervisor.scheduler import Limits, Scheduler
 from supervisor.usage import Tokens
 
@@ -19,7 +19,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def routes() -> set[tuple[str, str]]:
     app = web.Application()
-    for family in (native, atlas, streams, models, karen, admin):
+    for family in (native, atlas, streams, models, karen, admin, openapi):
         family.add(app)
     found = set()
     for route in app.router.routes():

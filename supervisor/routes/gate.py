@@ -27,7 +27,7 @@ NEEDS: dict[Need, str] = {
         GET /v1/models  GET /models  GET /v1/models/{id}
     """,
     "any key": """
-        GET /  * /{path}
+        GET /  GET /api/v1/openapi.json  * /{path}
     """,
     "infer": """
         POST /v1/chat/completions  POST /chat/completions  POST /v1/chat/completions/control

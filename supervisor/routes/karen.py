@@ -78,10 +78,13 @@ async def inference(request: web.Request) -> web.StreamResponse:
         text = await _whole(connection)
     if connection.status != HTTPStatus.OK:
         return _refusal(connection, text)
-    answer = json.loads(text)
+    try:
+        answer = json.loads(text)
+        choice = answer["choices"][0]
+        told = {"response": choice["message"].get("content") or "", "finish_reason": choice.get("finish_reason")}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ChildFailed(f"model {model.id!r} answered something that is no chat") from error
     _charge(request, answer)
-    choice = answer["choices"][0]
-    told = {"response": choice["message"].get("content") or "", "finish_reason": choice.get("finish_reason")}
     return web.json_response({"model": model.id} | told | _ending(answer, watch))
 
 

@@ -38,7 +38,7 @@ def status(url: str | None, config: Path | None, as_json: bool) -> None:
                 str(model.get("id")),
                 _state(model),
                 str(model.get("leases", "-")),
-                str(model.get("waiting", "-")),
+                _waiting(model),
                 str(model.get("pid") or "-"),
                 size(model.get("rss_bytes")),
                 duration(model.get("idle_seconds")),
@@ -74,6 +74,12 @@ def _print_supervisor(found: Json) -> None:
         say(f"{'Problem:':<15}{problem}")
     if needed := found.get("restart_needed"):
         say(f"{'New start for:':<15}{', '.join(map(str, needed))}")
+
+
+def _waiting(model: Json) -> str:
+    """Return how many requests wait, and for how long the oldest of those that are told has."""
+    waited = [place.get("waited_seconds") or 0 for place in model.get("queue") or []]
+    return f"{model.get('waiting', '-')}" + (f" ({duration(max(waited))})" if waited else "")
 
 
 def _state(model: Json) -> str:

@@ -51,7 +51,9 @@ STATUS: dict[str, Any] = {
     "models_directory": "/m", "problems": ["models folder \x1b[31m is slow"], "loaded": 1, "max_loaded": 3,
     "restart_needed": ["server.port"],
     "models": [
-        {"id": LONG, "state": "ready", "leases": 2, "waiting": 1, "pid": 9, "rss_bytes": 3 << 29, "idle_seconds": 0.2,
+        {"id": LONG, "state": "ready", "leases": 2, "waiting": 1, "pid": 9,
+         "queue": [{"position": 1, "waited_seconds": 2.5, "priority": "normal"}],
+         "rss_bytes": 3 << 29, "idle_seconds": 0.2,
          "restarts": 0, "error": None, "pinned": True},
         {"id": "[red]b", "state": "starting", "progress": 0.5, "stage": "text_model", "leases": 0, "waiting": 0,
          "pid": None, "rss_bytes": None, "idle_seconds": None, "restarts": 1, "error": None},
@@ -68,6 +70,7 @@ def test_status(fake: Fake) -> None:
     assert "Supervisor:    0.1.0, running for 1 h 6 min, pid 7" in lines
     assert "llama-server:  /x/llama-server build b11434 (not ours)" in lines
     assert f"{LONG}  ready, pinned" in result.stdout
+    assert "  1 (2.5 s)  " in result.stdout
     assert "[red]b" in result.stdout
     assert "starting text_model 50%" in result.stdout
     assert "    bad \\x1b[2J magic" in lines

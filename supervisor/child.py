@@ -274,6 +274,15 @@ class Child:
             return self.pool.heard()
         return True
 
+    def waits(self) -> bool:
+        """Tell whether requests are in flight and none has got a byte since the last time."""
+        return self.pool.busy and not self.pool.heard()
+
+    async def decodes(self) -> None:
+        """Return when its decoding thread, which knows the slots, has answered; also when it cannot be asked."""
+        with suppress(OSError, UpstreamClosed):
+            await self.call("GET", "/slots", fresh=True)
+
     def effort(self) -> Effort | None:
         """Return what the system tells of the process, None when it does not run or is being stopped."""
         if self._process is None or self._process.returncode is not None or self.stopping:
@@ -282,7 +291,7 @@ class Child:
             process = psutil.Process(self._process.pid)
             with process.oneshot():
                 times = process.cpu_times()
-                return Effort(times.user + times.system, process.status())
+                return Effort(times.user + times.system, process.status(), _bytes_read(process))
         except psutil.Error:
             return None
 
@@ -331,6 +340,14 @@ class Child:
             for task in late:
                 task.cancel()
             self._pumps = []
+
+
+def _bytes_read(process: psutil.Process) -> int:
+    """Return the bytes that a process has read from disk; 0 where the system does not tell."""
+    try:
+        return int(process.io_counters().read_bytes)
+    except (psutil.AccessDenied, AttributeError):
+        return 0
 
 
 def describe_exit(code: int) -> str:

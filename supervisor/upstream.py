@@ -301,18 +301,23 @@ class Pool:
         raise ConnectionResetError("the child is being stopped")
 
     def release(self, connection: Connection) -> None:
-        """Give a connection back; it is kept if its answer was read to the end, else cut."""
+        """Give a connection back; it is kept if its answer was read to the end, else cut.
+
+        Others that have been unused for too long are closed: the watchdog comes here every second.
+        """
         self._open.discard(connection)
+        now = asyncio.get_running_loop().time()
         if connection.reusable and not self._cut:
-            self._idle.append((asyncio.get_running_loop().time(), connection))
+            self._idle.append((now, connection))
         else:
             connection.close()
-
-    def close_idle(self) -> None:
-        """Close the connections that have been unused for too long."""
-        now = asyncio.get_running_loop().time()
         while self._idle and now - self._idle[0][0] >= IDLE_SECONDS:
             self._idle.popleft()[1].close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a connection is in use."""
+        return bool(self._open)
 
     def heard(self) -> bool:
         """Tell whether anything has come on a connection in use since the last time."""

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import psutil
 import pytest
 
 from supervisor import watchdog
-from supervisor.watchdog import QUIET_SECONDS, SILENT_SECONDS, Effort, Verdict, until_hanging
+from supervisor.watchdog import (
+    QUIET_SECONDS,
+    SILENT_SECONDS,
+    STUCK_SECONDS,
+    SUSPECT_SECONDS,
+    Effort,
+    Progress,
+    Verdict,
+    until_hanging,
+)
 
 SLEEPS = psutil.STATUS_SLEEPING
 
@@ -58,11 +69,51 @@ def test_a_machine_that_slept_is_no_reason():
     assert verdict.look(5001, alive=True, effort=effort) is None
 
 
+def progress(until: float, *, rate: float = 0.0, read: int = 0, waits: bool = True, status: str = SLEEPS):
+    """Look every second at a child that answers /health but not the question; return when it counts as hanging."""
+    one = Progress(0)
+    for now in range(1, int(until)):
+        effort = Effort(1 + rate * now, status, read * now)
+        if one.look(now, waits=waits, asked=one.suspect, effort=effort):
+            return now
+    return None
+
+
+def test_a_child_that_answers_but_does_not_decode_hangs():
+    for rate in (0.0, 0.01):  # what /health takes
+        found = progress(100, rate=rate)
+        assert found is not None
+        assert STUCK_SECONDS + SUSPECT_SECONDS <= found <= STUCK_SECONDS + SUSPECT_SECONDS + 2
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rate": 0.05},
+        {"read": 1},
+        {"waits": False},
+        {"status": psutil.STATUS_TRACING_STOP},
+        {"status": psutil.STATUS_DISK_SLEEP},
+    ],
+)
+def test_one_that_computes_or_reads_or_has_nothing_to_do_does_not(more):
+    assert progress(1000, **more) is None
+
+
+def test_an_answered_question_begins_it_anew():
+    one = Progress(0)
+    for now in range(1, 1000):
+        assert one.look(now, waits=True, asked=one.suspect and now % 10 > 0, effort=Effort(1, SLEEPS)) is None
+        if now % 10 == 0:
+            one.answered()
+
+
 class Child:
     """A child that answers some questions and then hangs; it ends after `looks` looks."""
 
-    def __init__(self, answered: int, looks: int) -> None:
-        self.answered, self.left = answered, looks
+    def __init__(self, answered: int, looks: int, *, status: str = psutil.STATUS_STOPPED, stuck: bool = False) -> None:
+        self.answered, self.left, self.status, self.stuck = answered, looks, status, stuck
+        self.questions = 0
 
     async def answers(self, seconds: float) -> bool:
         self.answered -= 1
@@ -70,13 +121,36 @@ class Child:
 
     def effort(self) -> Effort | None:
         self.left -= 1
-        return Effort(1, psutil.STATUS_STOPPED) if self.left >= 0 else None
+        return Effort(1, self.status) if self.left >= 0 else None
+
+    def waits(self) -> bool:
+        return True
+
+    async def decodes(self) -> None:
+        self.questions += 1
+        if self.stuck:
+            await asyncio.Event().wait()
 
 
-async def test_watching(monkeypatch):
-    for name in ("LOOK_SECONDS", "ANSWER_SECONDS", "QUIET_SECONDS"):
+@pytest.fixture
+def fast(monkeypatch):
+    for name in ("LOOK_SECONDS", "ANSWER_SECONDS", "QUIET_SECONDS", "SUSPECT_SECONDS", "STUCK_SECONDS"):
         monkeypatch.setattr(watchdog, name, 0.001)
+
+
+async def test_watching(fast):
     reason = await until_hanging(Child(3, 1000))
     assert reason is not None
     assert reason.startswith("stopped (SIGSTOP) for ")
     assert await until_hanging(Child(10, 5)) is None
+
+
+async def test_watching_one_whose_decoding_thread_is_stuck(fast):
+    stuck = Child(1000, 1000, status=SLEEPS, stuck=True)
+    reason = await until_hanging(stuck)
+    assert reason is not None
+    assert reason.startswith("no progress with the requests in flight for ")
+    assert stuck.questions == 1  # they would pile up
+    slow = Child(100, 100, status=SLEEPS)
+    assert await until_hanging(slow) is None
+    assert slow.questions > 1

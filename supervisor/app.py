@@ -118,6 +118,7 @@ class Supervisor:
         """
         self.access.start()
         self.runtime.open()
+        await self.fleet.slots.open()
         app = make_app(self.live, self.catalog, self.fleet, self.access)
         app[URLS], app[SWITCHES] = self.urls, self.switches
         self._runner = web.AppRunner(

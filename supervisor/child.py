@@ -29,6 +29,7 @@ import psutil
 from supervisor.atlas_support import Support
 from supervisor.childlog import ChildLog
 from supervisor.errors import StartFailed
+from supervisor.slot_cache import Kept
 from supervisor.upstream import Pool, UpstreamClosed
 from supervisor.watchdog import QUIET_SECONDS, Effort
 
@@ -89,6 +90,8 @@ class Child:
         self.info: dict[str, Any] = {}
         self.patches: str | None = None
         self.atlas: Support | None = None
+        self.kept: Kept | None = None  # None: its slots are left alone
+        self.forced = False  # it ends at once, without saving its slots
         self.stopping = False
         self.hung: str | None = None  # why it was killed
         self.gone = asyncio.Event()  # nobody gets it any more

@@ -116,6 +116,10 @@ class ModelOverride(Section):
         None, description="Unload after so many seconds without a request; 0: never; null: as in `models`."
     )
     context_size: int | None = Field(None, ge=8, description="Context in tokens; null: as in `performance`.")
+    slot_cache: bool | None = Field(None, description="Keep its prompts over swaps; null: as in `models`.")
+    slot_cache_max_mb: int | None = Field(
+        None, ge=0, le=1 << 24, description="Most MiB of its prompts on disk; null: as in `models`."
+    )
     atlas: AtlasOverride | None = Field(None, description="Its long-context memory; null: as in `atlas`.")
 
     @field_validator("args")
@@ -152,6 +156,18 @@ class ModelsSection(Section):
     )
     settle_seconds: Seconds = Field(1, description="A file is offered once it has not changed for so many seconds.")
     load_stall_seconds: Seconds = Field(120, description="A load without any progress for so many seconds is given up.")
+    slot_cache: bool = Field(
+        True, description="Save the prompts in a model's slots before it is stopped, and restore them when it is back."
+    )
+    slot_cache_max_mb: int = Field(
+        512, ge=0, le=1 << 24, description="Most MiB of one model's prompts on disk; the oldest go."
+    )
+    slot_cache_total_mb: int = Field(
+        2048, ge=0, le=1 << 24, description="Most MiB of all models' prompts on disk; the oldest go."
+    )
+    slot_cache_directory: Path | None = Field(
+        None, description="Folder of these prompts (made 0700); default: in the user's state folder."
+    )
     overrides: dict[str, ModelOverride] = Field({}, description="Settings per model id.")
 
 

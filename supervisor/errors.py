@@ -48,6 +48,13 @@ class MethodNotAllowed(SupervisorError):
     type = "invalid_request_error"
 
 
+class NotSupported(SupervisorError):
+    """llama-server was not started for this (501), in its words."""
+
+    status = 501
+    type = "not_supported_error"
+
+
 class BodyTooLarge(SupervisorError):
     """The request body is over `api.max_body_mb` (413)."""
 

@@ -25,6 +25,8 @@ from supervisor.models.catalog import Catalog, Change, Model
 from supervisor.runtime import Runtime
 from supervisor.scheduler import Decision, Grant, Limits, Refuse, Scheduler, Start, Stop
 from supervisor.setup import native
+from supervisor.slot_cache import SlotCache
+from supervisor.slot_store import key_of
 from supervisor.upstream import UpstreamClosed
 from supervisor.watchdog import until_hanging
 
@@ -84,6 +86,7 @@ class Fleet:
         self.events = Events()
         self.metrics = Metrics()
         self.metrics.registry.register(FleetCollector(self))
+        self.slots = SlotCache(config, self.metrics)
         self.binary_version: native.ServerVersion | None = None
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
@@ -181,6 +184,8 @@ class Fleet:
     def unload(self, model: str, *, force: bool = False) -> None:
         """Stop `model` after its running requests; at once with `force`."""
         self.parameters.pop(model, None)
+        if force and (child := self.children.get(model)):
+            child.forced = True
         self._apply(self.scheduler.unload(model, self._now(), force=force))
 
     def apply_change(self, change: Change) -> None:
@@ -190,6 +195,7 @@ class Fleet:
             near = ModelNotFound(model, [], len(self.catalog.models))
             self._apply(self.scheduler.remove(model, now, near))
             self.events.publish(model, "model_remove", {})
+            self.slots.forget(model)
         for model in change.replaced:
             self._apply(self.scheduler.restart(model, now))
         if change.added or change.replaced:
@@ -202,6 +208,7 @@ class Fleet:
         """
         other_binary = config.server.llama_server != self.config.server.llama_server
         self.config = config
+        self.slots.apply(config, self.catalog.models.values())
         for log_ in self.logs.values():
             log_.max_bytes = int(config.logging.max_mb * 1024 * 1024)
         now = self._now()
@@ -224,7 +231,7 @@ class Fleet:
     def _differs(self, child: Child, model: Model) -> bool:
         """Whether a child for `model` would be started in another way now."""
         try:
-            command = self._command(Path(child.command[0]), model, child.socket)
+            command = self._command(Path(child.command[0]), model, child.socket, plan.slot_folder(child.command))
         except StartFailed:
             return True
         return command != child.command or plan.override_for(self.config, model).env != child.environ
@@ -248,6 +255,7 @@ class Fleet:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.slots.store.close()
         self.events.close()  # the front waits for its handlers, so these must end
         for log_ in self.logs.values():
             log_.close()
@@ -255,6 +263,7 @@ class Fleet:
     def hurry(self) -> None:
         """Kill all children now: somebody asked twice."""
         for child in self.children.values():
+            child.forced = True
             child.pool.cut()
             child.kill()
         for entry in self.scheduler.entries.values():
@@ -280,6 +289,7 @@ class Fleet:
                     self.events.publish(model, "model_status", {"status": "unloading"})
                     if child := self.children.get(model):
                         child.stopping = True
+                        child.forced |= bool(self.scheduler.entry(model).leases)
                     self._spawn(self._stop(model), _name("stop", model))
         self._arm()
 
@@ -320,11 +330,13 @@ class Fleet:
             pid = await child.spawn(plan.override_for(self.config, self._model(model)).env)
             self.runtime.record(child.socket, pid, child.patience)
             log.info("model %s: llama-server %d starting", model, pid)
+            self._spawn(self.slots.read_ahead(child), _name("read ahead", model))
             running = child
             await child.until_ready(self.config.models.load_stall_seconds, lambda: self._publish_progress(running))
             took = self._now() - began
             self.metrics.load.labels(model).observe(took)
             log.info("model %s: ready after %.2f s", model, took)
+            await self.slots.restore(child, took, awaited=bool(self.scheduler.entry(model).waiters))
             self.events.publish(model, "model_status", {"status": "loaded", "info": child.info})
             self._apply(self.scheduler.ready(model, self._now()))
             self._spawn(self._get_to_know(child), _name("get to know", model))
@@ -361,6 +373,8 @@ class Fleet:
     async def _stop(self, model: str) -> None:
         child = self.children.get(model)
         if child is not None:
+            if (still := self.catalog.get(model)) is not None:
+                await self.slots.save(child, still, self._key(child, still))
             await child.stop()
             self._forget(model, child)
         log.info("model %s: stopped", model)
@@ -375,16 +389,28 @@ class Fleet:
             raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
         self.scheduler.limits = limits(self.config, binary)  # there may be a newer build by now
         socket = self.runtime.new_socket()
-        command = self._command(binary, model, socket)
+        slots = self.slots.folder(model)
+        command = self._command(binary, model, socket, slots)
         child = Child(model_id, command, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
+        if slots is not None and (key := self._key(child, model)) is not None:
+            child.kept = self.slots.expect(model, key)
         self.children[model_id] = child
         self._set_rules(self.scheduler.entry(model_id), model)
         return child
 
-    def _command(self, binary: Path, model: Model, socket: Path) -> list[str]:
+    def _command(self, binary: Path, model: Model, socket: Path, slots: Path | None) -> list[str]:
         """Return what starts a child for `model` now. Raises `StartFailed` as `_memory_folder` does."""
         config = plan.with_parameters(self.config, model.id, self.parameters.get(model.id))
-        return plan.command(binary, model, config, socket, folder=self._memory_folder(model))
+        return plan.command(binary, model, config, socket, folder=self._memory_folder(model), slots=slots)
+
+    def _key(self, child: Child, model: Model) -> str | None:
+        """Return what a child for `model` that starts now has in its slots in common with others; None: nothing."""
+        try:
+            command = self._command(Path(child.command[0]), model, child.socket, plan.slot_folder(child.command))
+            files = [*model.files, *([model.mmproj] if model.mmproj else [])]
+            return key_of(command, plan.override_for(self.config, model).env, files)
+        except (OSError, StartFailed):
+            return None
 
     def _set_rules(self, entry: Entry, model: Model) -> None:
         entry.pinned = plan.override_for(self.config, model).pin

@@ -25,6 +25,7 @@ FIXED: Final = (
     ("server", "host"),
     ("server", "port"),
     ("server", "runtime_dir"),
+    ("models", "slot_cache_directory"),
     ("api", "keys_file"),
     ("api", "require_keys"),
     ("api", "max_body_mb"),

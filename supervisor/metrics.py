@@ -16,6 +16,7 @@ from aiohttp import web
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     disable_created_metrics,
@@ -69,8 +70,22 @@ class Metrics:
             registry=None,
             buckets=BOUNDS,
         )
+        self.slots_saved = Counter(
+            PREFIX + "slot_cache_saved", "Prompts saved before a child was stopped.", _BY_MODEL, registry=None
+        )
+        self.slots_restored = Counter(
+            PREFIX + "slot_cache_restored", "Prompts restored into a child.", _BY_MODEL, registry=None
+        )
+        self.slot_failures = Counter(
+            PREFIX + "slot_cache_failures",
+            "Children whose prompts could not be saved (save) or restored (restore).",
+            ["model", "action"],
+            registry=None,
+        )
+        self.slot_bytes = Gauge(PREFIX + "slot_cache_bytes", "Size of the saved prompts on disk.", registry=None)
         self.series: dict[str, ModelSeries] = {}
-        for collector in (self.errors, self.retries, self.load, RequestCollector(self)):
+        slots = (self.slots_saved, self.slots_restored, self.slot_failures, self.slot_bytes)
+        for collector in (self.errors, self.retries, self.load, *slots, RequestCollector(self)):
             self.registry.register(collector)
         ProcessCollector(registry=self.registry)
 

@@ -66,10 +66,11 @@ def command(
     total_memory: Callable[[], int] = lambda: psutil.virtual_memory().total,
     *,
     folder: Path | None = None,
+    slots: Path | None = None,
 ) -> list[str]:
     """Return the argument vector that starts `model` on `socket`. Later flags win over earlier ones.
 
-    `folder` is where its memory files are; without one it has none.
+    `folder` is where its memory files are, `slots` where the prompts of its slots go; without one it has none.
     """
     override = override_for(config, model)
     performance = config.performance
@@ -93,6 +94,8 @@ def command(
     if performance.parallel is not None:
         args += ["--parallel", str(performance.parallel)]
     args += atlas_flags(atlas_of(config, model), folder)
+    if slots is not None:
+        args += [SLOT_PATH, str(slots)]
     if config.monitoring.child_metrics:
         args.append("--metrics")
     if native.is_cpu_build(binary):
@@ -155,6 +158,14 @@ def atlas_flags(atlas: AtlasSection, folder: Path | None = None) -> list[str]:
         if (value := getattr(atlas, name)) is not None:
             args += [flag, str(value)]
     return args
+
+
+SLOT_PATH = "--slot-save-path"
+
+
+def slot_folder(command: list[str]) -> Path | None:
+    """Return the folder for the prompts of its slots with which a child was started."""
+    return Path(command[command.index(SLOT_PATH) + 1]) if SLOT_PATH in command[:-1] else None
 
 
 def with_parameters(config: Config, model: str, parameters: PerformanceSection | None) -> Config:

@@ -103,7 +103,7 @@ async def start(short_tmp: Path, native_server: Path) -> AsyncIterator[Start]:
                 (models / f"{name}.gguf").symlink_to(path)
             config: dict[str, dict[str, Any]] = {
                 "server": {"port": 0, "llama_server": native_server, "runtime_dir": short_tmp / "run"},
-                "models": {"directory": models, "settle_seconds": 0.2},
+                "models": {"directory": models, "settle_seconds": 0.2, "slot_cache_directory": short_tmp / "slots"},
                 "performance": {"context_size": 2048, "threads": 1},
                 "atlas": {"memory_directory": short_tmp / "memory"},
                 "api": {"require_keys": False},  # there may be a file of keys at the default place

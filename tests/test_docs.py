@@ -57,6 +57,9 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
     made.errors.labels("x").inc()
     made.retries.labels("m").inc()
     made.load.labels("m").observe(1)
+    made.slots_saved.labels("m").inc()
+    made.slots_restored.labels("m").inc()
+    made.slot_failures.labels("m", "save").inc()
     there = {"llama_supervisor_model_scraped": "`model`"}
     for family in made.registry.collect():
         if not family.name.startswith("process_"):

@@ -82,9 +82,10 @@ async def begin(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
             binary.chmod(0o755)
             world = World(short_tmp / "keys.json")
             monkeypatch.setattr(api_keys, "path_of", lambda api: world.path)  # also where it is the default
+            own = {"aliases": ["uno"], "args": ["--slot-save-path", str(short_tmp)]}
             config = {
                 "server": {"port": 0, "llama_server": binary, "runtime_dir": short_tmp / "run", "drain_seconds": 1},
-                "models": {"directory": folder, "settle_seconds": 0, "overrides": {"one": {"aliases": ["uno"]}}},
+                "models": {"directory": folder, "settle_seconds": 0, "overrides": {"one": own}},
                 "atlas": {"memory_directory": short_tmp / "memory"},
                 "logging": {"directory": short_tmp / "logs"},
                 "api": {"keys_file": world.path} | api,

@@ -12,8 +12,9 @@ import msgspec
 from aiohttp import web
 
 from supervisor.access import permit
-from supervisor.errors import BadRequest, ChildDied, SupervisorError
+from supervisor.errors import BadRequest, ChildDied, NotSupported, SupervisorError
 from supervisor.models.catalog import Model
+from supervisor.plan import SLOT_PATH, override_for
 from supervisor.relay import relay
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.priority import priority_of
@@ -53,7 +54,6 @@ POST_ROUTES = [
     "/apply-template",
     "/props",
     "/lora-adapters",
-    "/slots/{id_slot}",
     "/tools",
     "/cors-proxy",
     "/v1/atlas/config",
@@ -61,6 +61,8 @@ POST_ROUTES = [
     "/v1/atlas/memory/load",
 ]
 """POST routes of llama-server b11434, as `tools/server/server.cpp` registers them, and those of the memory."""
+
+SLOT_ACTION = "/slots/{id_slot}"
 
 GET_ROUTES = [
     "/props",
@@ -82,7 +84,7 @@ ONCE = frozenset(
     [
         "/props",
         "/lora-adapters",
-        "/slots/{id_slot}",
+        SLOT_ACTION,
         "/tools",
         "/cors-proxy",
         "/v1/chat/completions/control",
@@ -201,6 +203,15 @@ async def pass_through(request: web.Request) -> web.StreamResponse:
             await fleet.until_gone(model.id)
 
 
+@guarded
+async def slot_action(request: web.Request) -> web.StreamResponse:
+    """Relay `POST /slots/N` to a model whose own `args` name a folder for it; the one that we give is ours alone."""
+    model = find_model(request, await body_of(request) if request.body_exists else b"")
+    if SLOT_PATH not in {arg.partition("=")[0] for arg in override_for(request.app[FLEET].config, model).args}:
+        raise NotSupported("This server does not support slots action. Start it with `--slot-save-path`")
+    return await pass_through(request)
+
+
 def may_repeat(request: web.Request, body: bytes) -> bool:
     """Whether a child may be asked again when another died over the same request, which only computes an answer.
 
@@ -242,9 +253,10 @@ def add(app: web.Application) -> None:
     """Add the routes."""
     for path in POST_ROUTES:
         app.router.add_post(path, pass_through)
+    app.router.add_post(SLOT_ACTION, slot_action)
     for path in GET_ROUTES:
         app.router.add_get(path, pass_through)
     for path in DELETE_ROUTES:
         app.router.add_delete(path, pass_through)
-    for path in sorted({*POST_ROUTES, *GET_ROUTES, *DELETE_ROUTES}):
+    for path in sorted({*POST_ROUTES, SLOT_ACTION, *GET_ROUTES, *DELETE_ROUTES}):
         app.router.add_options(path, preflight)

@@ -107,6 +107,7 @@ class Service:
     def _system(self) -> dict[str, str]:
         config = self.settings.config
         written = [config.server.runtime_dir, config.logging.directory, config.atlas.memory_directory]
+        written.append(config.models.slot_cache_directory)
         own = "" if config.server.runtime_dir else " LLAMA_SUPERVISOR_SERVER__RUNTIME_DIR=%t/llama-supervisor"
         return {
             "User": escaped(self.run_as or ""),

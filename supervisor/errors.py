@@ -151,6 +151,14 @@ class NotLoaded(SupervisorError):
     code = "model_not_loaded"
 
 
+class ModelTooLarge(SupervisorError):
+    """The model cannot fit into the memory budget, even alone (507). To wait changes nothing: no `Retry-After`."""
+
+    status = 507
+    type = "unavailable_error"
+    code = "model_too_large"
+
+
 class Queued(SupervisorError):
     """Base of what ends a request in or before the queue of `model`.
 

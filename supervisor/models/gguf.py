@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from supervisor.models.gguf_types import FILE_TYPES, TENSOR_TYPES
+from supervisor.models.gguf_types import FILE_TYPES, REPACKED, REPACKED_ROWS, TENSOR_TYPES
 
 Scalar = int | float | bool | str
 Value = Scalar | tuple[Scalar, ...]
@@ -79,8 +79,10 @@ class GGUFError(ValueError):
 class Header:
     """What the header says. Lengths are in tokens or elements; None: the file does not say.
 
-    `head_count` and `head_count_kv` are the largest of all layers. `metadata` holds scalars and short arrays
-    by key; long arrays (the vocabulary) and values that JSON cannot carry (NaN, infinity) are left out.
+    `head_count` and `head_count_kv` are the largest of all layers. `layer_bytes` are those of the tensors of layers,
+    `repackable_bytes` those of the matrices that llama.cpp copies into another order for the CPU. `metadata` holds
+    scalars and short arrays by key; long arrays (the vocabulary) and values that JSON cannot carry (NaN, infinity) are
+    left out.
     """
 
     version: int
@@ -103,6 +105,8 @@ class Header:
     split_count: int
     split_no: int
     metadata: Mapping[str, Value] = field(repr=False, hash=False)
+    layer_bytes: int = 0
+    repackable_bytes: int = 0
 
 
 def read_header(path: Path) -> Header:
@@ -222,7 +226,8 @@ def _parse(reader: _Reader) -> Header:
         if count > min(most, reader.remaining // smallest):
             raise GGUFError(f"damaged or truncated: {count} {what} cannot be in {reader.size} bytes")
     metadata, lengths = _metadata(reader, key_count)
-    types = _tensors(reader, tensor_count, _alignment(metadata))
+    tensors = _tensors(reader, tensor_count, _alignment(metadata))
+    types = tensors.types
     architecture = _text(metadata, "general.architecture")
 
     def number(key: str) -> int | None:
@@ -250,6 +255,8 @@ def _parse(reader: _Reader) -> Header:
         split_count=_count(metadata.get("split.count")) or 1,
         split_no=_count(metadata.get("split.no")) or 0,
         metadata=metadata,
+        layer_bytes=tensors.layer_bytes,
+        repackable_bytes=tensors.repackable_bytes,
     )
 
 
@@ -343,10 +350,27 @@ def _alignment(metadata: Mapping[str, Value]) -> int:
     return value
 
 
-def _tensors(reader: _Reader, count: int, alignment: int) -> Counter[int]:
-    """Check every tensor; return the number of parameters by tensor type."""
+@dataclass
+class _Tensors:
+    """What the tensors add up to: parameters by tensor type, and bytes."""
+
+    types: Counter[int] = field(default_factory=Counter)
+    layer_bytes: int = 0
+    repackable_bytes: int = 0
+
+    def add(self, raw: bytes, kind: int, sizes: list[int], elements: int, length: int) -> None:
+        self.types[kind] += elements
+        in_layer = raw.startswith(b"blk.")
+        self.layer_bytes += length if in_layer else 0
+        is_matrix = raw.endswith(b".weight") and 2 <= len(sizes) <= 3 and (in_layer or raw == b"output.weight")
+        if is_matrix and kind in REPACKED and sizes[1] % REPACKED_ROWS == 0:
+            self.repackable_bytes += length
+
+
+def _tensors(reader: _Reader, count: int, alignment: int) -> _Tensors:
+    """Check every tensor; return what they add up to."""
     ends: list[tuple[str, int]] = []
-    types: Counter[int] = Counter()
+    found = _Tensors()
     seen: set[bytes] = set()
     for index in range(count):
         raw = reader.name(MAX_TENSOR_NAME, f"the name of tensor {index}")
@@ -355,28 +379,29 @@ def _tensors(reader: _Reader, count: int, alignment: int) -> Counter[int]:
             raise GGUFError(f"damaged: tensor {name} is there twice")
         seen.add(raw)
         what = f"the entry of tensor {name}"
-        elements, row = _shape(reader, what)
+        elements, sizes = _shape(reader, what)
+        row = sizes[0] if sizes else 1
         kind = reader.number(_U32, what)
         offset = reader.number(_U64, what)
         if offset % alignment:
             raise GGUFError(f"damaged: tensor {name} is not aligned to {alignment} bytes")
-        types[kind] += elements
         length = 0
         if kind in TENSOR_TYPES:
             block, block_bytes = TENSOR_TYPES[kind][1:]
             if row % block:
                 raise GGUFError(f"damaged: tensor {name} has rows of {row}, not a multiple of {block}")
             length = elements // block * block_bytes
+        found.add(raw, kind, sizes, elements, length)
         ends.append((name, offset + length))
     data = -(-reader.position // alignment) * alignment
     for name, end in ends:
         if data + end > reader.size:
             raise GGUFError(f"truncated: tensor {name} ends at byte {data + end}, the file has {reader.size}")
-    return types
+    return found
 
 
-def _shape(reader: _Reader, what: str) -> tuple[int, int]:
-    """Return the number of elements of a tensor, and of its rows."""
+def _shape(reader: _Reader, what: str) -> tuple[int, list[int]]:
+    """Return the number of elements of a tensor, and along each dimension."""
     dimensions = reader.number(_U32, what)
     if dimensions > MAX_DIMENSIONS:
         raise GGUFError(f"damaged: {what} has {dimensions} dimensions, at most {MAX_DIMENSIONS} are known")
@@ -384,7 +409,7 @@ def _shape(reader: _Reader, what: str) -> tuple[int, int]:
     elements = math.prod(sizes)
     if max(elements, *sizes, 0) >= 1 << 63:
         raise GGUFError(f"damaged: {what} has the impossible shape {sizes}")
-    return elements, sizes[0] if sizes else 1
+    return elements, sizes
 
 
 def _general_type(metadata: Mapping[str, Value], lengths: Mapping[str, int], architecture: str | None) -> str:

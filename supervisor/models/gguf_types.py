@@ -80,3 +80,8 @@ FILE_TYPES: dict[int, str] = {
     41: "Q2_0",
 }
 """By number: the name of the mix of tensor types in a file."""
+
+REPACKED = frozenset({2, 12, 20, 39})
+"""Types whose matrices llama.cpp copies into another order for a CPU with AVX2, if it has a multiple of 8 rows."""
+
+REPACKED_ROWS = 8

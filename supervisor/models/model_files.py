@@ -144,6 +144,8 @@ def _model(id: str, group: Group, projector: ModelFile | None) -> Model:
             header,
             tensor_count=sum(one.tensor_count for one in headers),
             parameter_count=sum(one.parameter_count for one in headers),
+            layer_bytes=sum(one.layer_bytes for one in headers),
+            repackable_bytes=sum(one.repackable_bytes for one in headers),
         )
     return Model(
         id=id,

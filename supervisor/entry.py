@@ -11,6 +11,7 @@ from math import inf
 from typing import NamedTuple
 
 from supervisor.errors import SupervisorError
+from supervisor.residency import Memory
 
 
 class State(StrEnum):
@@ -80,6 +81,8 @@ class Entry:
     turned_away: int = 0  # its queue was full
     timed_out: int = 0
     error: SupervisorError | None = None
+    needs: Memory = field(default_factory=dict)  # bytes by pool, of its child or, when it has none, of the next one
+    cost: float = 1.0  # seconds to load it
 
     def oldest(self) -> float:
         """Return since when the oldest waiter waits; infinite when none does."""

@@ -8,11 +8,15 @@ the event loop's thread. The rules:
   and its model is started when there is room.
 - Who waits for the longest is next, and a step of priority is worth `priority_seconds` of waiting: so nobody is
   overtaken by those that come more than two steps later.
-- Room is made by stopping idle models, the least recently used first; pinned ones never.
+- There is room by number and by memory: `Limits.max_loaded` places, and in each pool of `Limits.budget` (the machine's
+  memory, each GPU's) the bytes that a child needs beside those of all children that have not exited yet.
+- Room is made by stopping idle models, those of least value first (`residency.value`); pinned ones never, and none in
+  vain. Whose turn is first starts first: nobody takes the room that another one waits for.
+- A model that can never fit, or not beside the pinned ones, is refused at once.
 - A child that was told to stop gives its place up at once: `Limits.overlap` says how many may load while it exits.
-- When all are busy, the oldest waiter looks on for `max_wait` seconds; then the least recently used model that has
-  been ready for `min_residency` takes no new requests, finishes its running ones and makes way. Running answers are
-  never cut for this. Who still waits for it has the next turn after those that it made way for.
+- When busy models are in the way, the oldest waiter looks on for `max_wait` seconds; then those of them that have been
+  ready for `min_residency` take no new requests, finish their running ones and make way. Running answers are never cut
+  for this. Who still waits for them has the next turn after those that they made way for.
 - A model that fails to start backs off: 1 s, 2 s, 4 s ... 60 s, and up to a quarter more by chance, so that many do
   not try at once; the first request after the pause tries, and an answer ends it. A crash after it was ready costs
   nothing the first time.
@@ -21,11 +25,12 @@ the event loop's thread. The rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 from supervisor.entry import COUNTED, OCCUPYING, STAYING, Entry, Priority, State, Waiter
 from supervisor.errors import NotLoaded, QueueFull, ShuttingDown, StartFailed, SupervisorError, WaitTimeout
+from supervisor.residency import Memory, excess, excess_error, fewest, fits, value
 
 MAX_BACKOFF = 60.0
 """Longest pause in seconds between two starts of a model that keeps failing."""
@@ -74,8 +79,8 @@ class Limits:
     """The settings that the scheduler goes by; all times in seconds.
 
     `overlap` is how many children more than `max_loaded` there may be while some, told to stop, still exit. It
-    saves a swap the time of an exit and costs both models' memory for that moment. It must be 0 where a start
-    needs the memory of the child before it at once: on a GPU, or under a budget in bytes.
+    saves a swap the time of an exit. It must be 0 where a start needs the memory of the child before it at once, as on
+    a GPU. `budget` has the bytes of each pool that the children may take together, those that exit included.
     """
 
     max_loaded: int = 3
@@ -87,6 +92,7 @@ class Limits:
     queue_limit: int = 256
     queue_timeout: float = 600.0
     drain: float = 30.0
+    budget: Memory = field(default_factory=dict)
 
 
 class Scheduler:
@@ -196,15 +202,25 @@ class Scheduler:
         """Go by other limits. Of models that are too many now those go that would make room for another."""
         self.limits = limits
         decisions: list[Decision] = []
-        for _ in range(self._count(STAYING) - limits.max_loaded):
-            candidates = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
+        while not self._all_fit(self._in(STAYING)):
+            candidates = [e for e in self._in(frozenset({State.READY})) if not e.pinned]
             if not candidates:
                 break
-            victim = min(candidates, key=lambda e: (bool(e.leases), e.last_used))
+            victim = min(candidates, key=lambda e: (bool(e.leases), self._value(e, now)))
             decisions += self._retire(victim, now, "fewer models may run")
         for entry in self.entries.values():
             decisions += self._grant(entry)
         return decisions + self.tick(now)
+
+    def measured(self, model: str, needs: Memory, now: float) -> list[Decision]:
+        """The child of `model` takes other bytes than was thought. Idle models go where all take too much now."""
+        self.entry(model).needs = needs
+        decisions: list[Decision] = []
+        while not fits(self._in(STAYING), self.limits.budget) and (idle := self._idle()):
+            victim = min(idle, key=lambda e: self._value(e, now))
+            victim.made_room += 1
+            decisions += self._stop(victim, f"model {model} takes more memory than was thought")
+        return decisions + self._schedule(now)
 
     def remove(self, model: str, now: float, error: SupervisorError) -> list[Decision]:
         """The model's file is gone: waiters get `error`, running requests finish."""
@@ -280,20 +296,15 @@ class Scheduler:
     def next_tick(self, now: float) -> float | None:
         """Return when `tick` must be called next, or None when nothing is due."""
         due = inf
-        hopeful = []
         for entry in self.entries.values():
             if entry.waiters:
                 due = min(due, entry.oldest() + self.limits.queue_timeout)
-                if self._wants_start(entry, now):
-                    hopeful.append(entry)
-                elif entry.state is State.FAILED:
+                if entry.state is State.FAILED and now < entry.retry_at:
                     due = min(due, entry.retry_at)
             if entry.state is State.DRAINING:
                 due = min(due, entry.drain_until)
             due = min(due, self._idle_until(entry))
-        busy = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
-        for entry in sorted(hopeful, key=Entry.turn)[self._places() :]:
-            due = min(due, min((self._patience_ends(entry, e) for e in busy), default=inf))
+        due = min([due, *(self._room_at(entry, before, now)[0] for entry, before in self._queue(now))])
         return None if due == inf else max(now, due)
 
     def is_calm(self) -> bool:
@@ -309,7 +320,7 @@ class Scheduler:
     def overdue(self, now: float) -> list[str]:
         """Return what should have happened by now and did not; empty as long as events and ticks come as they must."""
         found = []
-        free = self._free() if not self.closing else 0
+        first = next(iter(self._due(now)), None) if not self.closing else None
         for entry in self.entries.values():
             if entry.oldest() + self.limits.queue_timeout <= now:
                 found.append(
@@ -317,7 +328,7 @@ class Scheduler:
                 )
             if entry.state is State.DRAINING and entry.drain_until <= now:
                 found.append(f"model {entry.model!r} still drains though its time is over")
-            if free and self._wants_start(entry, now):
+            if entry is first and self._can_start(entry):
                 found.append(f"model {entry.model!r} could start and does not")
         return found
 
@@ -333,44 +344,89 @@ class Scheduler:
         ready = (entry for entry in self.entries.values() if entry.state is State.READY)
         return [entry.model for entry in sorted(ready, key=lambda entry: entry.ready_at)]
 
+    def taken(self) -> dict[str, int]:
+        """Return the bytes that all children take, by pool of the budget."""
+        there = self._in(OCCUPYING)
+        return {pool: sum(e.needs.get(pool, 0) for e in there) for pool in self.limits.budget}
+
     # The rules
 
     def _schedule(self, now: float) -> list[Decision]:
         """Start what is wanted, by rank, making room where the rules allow it."""
         if self.closing:
             return []
-        due = sorted((e for e in self.entries.values() if self._wants_start(e, now)), key=Entry.turn)
         decisions: list[Decision] = []
-        for entry in due[self._places() :]:
-            decisions += self._make_room(entry, now)
-        due = [entry for entry in due if self._wants_start(entry, now)]  # some may have been refused
-        for entry in due[: self._free()]:
+        for entry in self._due(now):
+            if error := self._never(entry):
+                entry.wanted = False
+                decisions += self._refuse_all(entry, error)
+        for entry, before in self._queue(now):
+            decisions += self._make_room(entry, before, now)
+        for entry in self._due(now):
+            if not self._can_start(entry):
+                break  # nobody takes the room that it waits for
             entry.state = State.STARTING
             entry.made_way_at = -inf
             entry.starts += 1
             decisions.append(Start(entry.model))
         return decisions
 
-    def _make_room(self, entry: Entry, now: float) -> list[Decision]:
-        """Let one model go so that `entry` can start, or nothing when none may go yet."""
-        candidates = [e for e in self.entries.values() if e.state is State.READY and not e.pinned]
-        idle = [e for e in candidates if not e.leases]
-        if idle:
-            victim = min(idle, key=lambda e: e.last_used)
+    def _due(self, now: float) -> list[Entry]:
+        """Return what is to be started, in this order."""
+        return sorted((e for e in self.entries.values() if self._wants_start(e, now)), key=Entry.turn)
+
+    def _queue(self, now: float) -> Iterator[tuple[Entry, list[Entry]]]:
+        """Iterate over what is to be started and has no room yet, each with what starts before it."""
+        before: list[Entry] = []
+        for entry in self._due(now):
+            if not self._all_fit([*self._in(STAYING), *before, entry]):
+                yield entry, before
+            before.append(entry)
+
+    def _never(self, entry: Entry) -> SupervisorError | None:
+        """Return why `entry` cannot be started however long it waits, None when it can."""
+        if over := excess([entry], self.limits.budget):
+            return excess_error(entry.model, over, entry.needs, self.limits.budget)
+        pinned = [e for e in self._in(STAYING) if e.pinned]
+        if len(pinned) >= self.limits.max_loaded:
+            told = f"model {entry.model!r} cannot be loaded: all {self.limits.max_loaded} running are pinned"
+            return NotLoaded(told, param="model")
+        if excess([entry, *pinned], self.limits.budget):
+            names = ", ".join(e.model for e in pinned)
+            told = f"model {entry.model!r} cannot be loaded: the memory is taken by pinned models ({names})"
+            return NotLoaded(told, param="model")
+        return None
+
+    def _make_room(self, entry: Entry, before: list[Entry], now: float) -> list[Decision]:
+        """Let models go so that `entry` can start, or nothing when too few may go yet."""
+        when, victims = self._room_at(entry, before, now)
+        if when > now:
+            return []
+        decisions: list[Decision] = []
+        for victim in victims:
             victim.made_room += 1
             victim.made_way_at = now
-            return self._stop(victim, f"making room for {entry.model}")
-        if sum(e.pinned for e in self.entries.values() if e.state in STAYING) >= self.limits.max_loaded:
-            entry.wanted = False
-            message = f"model {entry.model!r} cannot be loaded: all {self.limits.max_loaded} running are pinned"
-            return self._refuse_all(entry, NotLoaded(message, param="model"))
-        patient = [e for e in candidates if self._patience_ends(entry, e) <= now]
-        if patient:
-            victim = min(patient, key=lambda e: e.last_used)
-            victim.made_room += 1
-            victim.made_way_at = now
-            return self._retire(victim, now, f"making room for {entry.model}")
-        return []
+            decisions += self._retire(victim, now, f"making room for {entry.model}")
+        return decisions
+
+    def _room_at(self, entry: Entry, before: list[Entry], now: float) -> tuple[float, list[Entry]]:
+        """Return when there can be room for `entry` beside what starts `before` it, and who must go for it then."""
+        idle = sorted(self._idle(), key=lambda e: self._value(e, now))
+        busy = [e for e in self._in(frozenset({State.READY})) if e.leases and not e.pinned]
+        late = [(max(now, self._patience_ends(entry, e)), self._value(e, now), e) for e in busy]
+        order = [(now, e) for e in idle] + [(when, e) for when, _, e in sorted(late, key=lambda one: one[:2])]
+        staying = [*self._in(STAYING), *before, entry]
+
+        def enough(going: list[Entry]) -> bool:
+            names = {e.model for e in going}
+            return self._all_fit([e for e in staying if e.model not in names])
+
+        going: list[Entry] = []
+        for when, victim in order:
+            going.append(victim)
+            if enough(going):
+                return when, fewest(going, enough)
+        return inf, []
 
     def _retire(
         self, entry: Entry, now: float, reason: str, *, force: bool = False, bound: float = inf
@@ -402,18 +458,28 @@ class Scheduler:
             return inf
         return max(waiting.turn()[0] + self.limits.max_wait, busy.ready_at + self.limits.min_residency)
 
-    def _places(self) -> int:
-        """Return how many models can start without anything more having to go, some of them only later."""
-        return max(0, self.limits.max_loaded - self._count(STAYING))
+    def _all_fit(self, entries: list[Entry]) -> bool:
+        """Tell whether so many and so large children may run."""
+        return len(entries) <= self.limits.max_loaded and fits(entries, self.limits.budget)
 
-    def _free(self) -> int:
-        """Return how many models can start now."""
-        places = self.limits.max_loaded - self._count(COUNTED)
-        memory = self.limits.max_loaded + self.limits.overlap - self._count(OCCUPYING)
-        return max(0, min(places, memory))
+    def _can_start(self, entry: Entry) -> bool:
+        """Tell whether there is room for `entry` now, beside children that drain or exit."""
+        there = self._in(OCCUPYING)
+        counted = sum(e.state in COUNTED for e in there)
+        most = self.limits.max_loaded
+        by_number = counted < most and len(there) < most + self.limits.overlap
+        return by_number and fits([*there, entry], self.limits.budget)
 
-    def _count(self, states: frozenset[State]) -> int:
-        return sum(entry.state in states for entry in self.entries.values())
+    def _idle(self) -> list[Entry]:
+        """Return the models that can be stopped at once."""
+        return [e for e in self.entries.values() if e.state is State.READY and not e.leases and not e.pinned]
+
+    def _value(self, entry: Entry, now: float) -> float:
+        """Return what it is worth to keep the model."""
+        return value(entry.cost, now - entry.last_used, entry.idle_unload)
+
+    def _in(self, states: frozenset[State]) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.state in states]
 
     def _idle_until(self, entry: Entry) -> float:
         if entry.state is not State.READY or entry.leases or entry.pinned or entry.idle_unload <= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from supervisor.entry import Entry, Priority, State, Waiter
-from supervisor.errors import ModelNotFound, NotLoaded, QueueFull, ShuttingDown, StartFailed, WaitTimeout
+from supervisor.errors import ModelNotFound, ModelTooLarge, NotLoaded, QueueFull, ShuttingDown, StartFailed, WaitTimeout
 from supervisor.scheduler import Decision, Grant, Limits, Refuse, Scheduler, Start, Stop
 
 BOOM = StartFailed("boom")
@@ -580,3 +580,89 @@ def test_the_queue_is_told_in_its_order():
     entry.waiters = {1: Waiter(0, 0), 2: Waiter(1, 31, Priority.LOW), 3: Waiter(2, -28, Priority.HIGH)}
     assert [ticket for ticket, _ in entry.queue()] == [3, 1, 2]
     assert [entry.position(rank) for rank in (-40, -28, 0, 100)] == [1, 2, 3, 4]
+
+
+def sized(needs: dict[str, int], budget: int, **limits: float) -> Scheduler:
+    s = Scheduler(Limits(**{"max_loaded": 9, "max_wait": 5.0, **limits}, budget={"ram": budget}))
+    for model, number in needs.items():
+        s.entry(model).needs = {"ram": number}
+    return s
+
+
+def test_two_models_that_do_not_fit_together_swap_once_the_first_has_exited():
+    s = sized({"a": 6, "b": 5}, 10, overlap=1)
+    ready(s, "a")
+    assert s.request(1, "b", 1) == [Stop("a", "making room for b")]
+    assert s.taken() == {"ram": 6}
+    assert s.stopped("a", 2) == [Start("b")]
+
+
+def test_with_overlap_a_model_that_fits_beside_one_that_exits_need_not_wait():
+    s = sized({"a": 5, "b": 5}, 10, overlap=1, max_loaded=1)
+    ready(s, "a")
+    assert s.request(1, "b", 1) == [Stop("a", "making room for b"), Start("b")]
+
+
+def test_what_can_never_fit_is_refused_at_once_and_nothing_goes_for_it():
+    s = sized({"a": 6, "b": 11}, 10)
+    ready(s, "a")
+    assert refusals(s.request(1, "b", 1)) == {1: ModelTooLarge}
+    assert s.entry("a").state is State.READY
+
+
+def test_what_does_not_fit_beside_pinned_models_is_refused():
+    s = sized({"a": 6, "b": 5}, 10)
+    s.entry("a").pinned = True
+    ready(s, "a")
+    assert refusals(s.request(1, "b", 1)) == {1: NotLoaded}
+
+
+def test_only_as_many_go_as_must_and_those_of_least_value():
+    s = sized({"a": 1, "b": 4, "c": 4, "d": 5}, 10)
+    for now, model in enumerate("abc"):
+        ready(s, model, now)
+    assert s.request(1, "d", 10) == [Stop("b", "making room for d")]
+    s = sized({"a": 4, "b": 4, "d": 4}, 10)
+    ready(s, "a", 0)
+    ready(s, "b", 5)
+    s.entry("a").cost = 30.0
+    assert s.request(1, "d", 10) == [Stop("b", "making room for d")]
+
+
+def test_no_idle_model_goes_in_vain():
+    s = sized({"a": 5, "b": 5, "c": 9}, 10)
+    ready(s, "a")
+    ready(s, "b")
+    s.request(1, "a", 1)
+    assert s.request(2, "c", 2) == []
+    assert s.entry("b").state is State.READY
+    assert s.next_tick(2) == 7
+    assert s.tick(7) == [Stop("b", "making room for c")]
+    assert s.entry("a").state is State.DRAINING
+
+
+def test_nobody_takes_the_room_that_another_one_waits_for():
+    s = sized({"a": 5, "b": 8, "c": 1}, 10)
+    ready(s, "a")
+    s.request(1, "a", 1)
+    s.request(2, "b", 2)
+    assert s.request(3, "c", 3) == []
+    assert s.release(1, 4) == [Stop("a", "making room for b")]
+    assert s.stopped("a", 5) == [Start("b"), Start("c")]
+
+
+def test_a_child_that_grew_lets_idle_ones_go():
+    s = sized({"a": 4, "b": 4}, 10)
+    ready(s, "a")
+    ready(s, "b")
+    s.request(1, "b", 1)
+    assert s.measured("b", {"ram": 6}, 2) == []
+    assert s.measured("b", {"ram": 7}, 3) == [Stop("a", "model b takes more memory than was thought")]
+    assert s.measured("b", {"ram": 70}, 4) == []
+
+
+def test_a_lower_budget_lets_models_go():
+    s = sized({"a": 4, "b": 4}, 10)
+    ready(s, "a")
+    ready(s, "b", 1)
+    assert s.set_limits(Limits(max_loaded=9, budget={"ram": 7}), 2) == [Stop("a", "fewer models may run")]

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from supervisor.entry import COUNTED, OCCUPYING, STAYING, Entry, Priority, State, Waiter
 from supervisor.errors import ModelNotFound, StartFailed
+from supervisor.residency import excess, fits
 from supervisor.scheduler import Decision, Grant, Limits, Refuse, Scheduler, Start, Stop
 
 BOOM = StartFailed("boom")
@@ -20,6 +21,8 @@ class Machine(RuleBasedStateMachine):
     """Random events against the rules that must always hold."""
 
     models = st.sampled_from(["a", "b", "c", "d"])
+    sizes = st.fixed_dictionaries({"ram": st.integers(0, 6), "gpu0": st.integers(0, 3)})
+    budgets = st.just({}) | st.fixed_dictionaries({"ram": st.integers(4, 12), "gpu0": st.integers(3, 6)})
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,18 +36,32 @@ class Machine(RuleBasedStateMachine):
         self.children: Counter[str] = Counter()
         self.stopping: set[str] = set()
         self.draining: set[str] = set()
+        self.there: set[tuple[str, int]] = set()  # children after the event before, by model and number
 
     @initialize(
         overlap=st.integers(0, 2),
-        pinned=st.sets(models),
+        pinned=st.sets(models, max_size=3),
         max_in_flight=st.integers(1, 4),
         max_wait=st.sampled_from([0, 5]),
         min_residency=st.sampled_from([0, 3, 12]),
+        most=st.integers(1, 4),
+        budget=budgets,
+        costs=st.lists(st.floats(0.1, 100), min_size=4, max_size=4),
     )
-    def set_up(self, overlap: int, pinned: set[str], max_in_flight: int, max_wait: float, min_residency: float) -> None:
+    def set_up(
+        self,
+        overlap: int,
+        pinned: set[str],
+        max_in_flight: int,
+        max_wait: float,
+        min_residency: float,
+        most: int,
+        budget: dict[str, int],
+        costs: list[float],
+    ) -> None:
         self.s = Scheduler(
             Limits(
-                max_loaded=2,
+                max_loaded=most,
                 overlap=overlap,
                 max_wait=max_wait,
                 min_residency=min_residency,
@@ -53,10 +70,13 @@ class Machine(RuleBasedStateMachine):
                 queue_limit=8,
                 queue_timeout=50,
                 drain=20,
+                budget=budget,
             )
         )
         self.pinned = pinned
-        self.allowed = {"counted": 2, "occupied": 2 + overlap}
+        self.allowed = {"counted": most, "occupied": most + overlap}
+        for model, cost in zip("abcd", costs, strict=True):
+            self.s.entry(model).cost = cost
 
     def carry_out(self, decisions: list[Decision]) -> None:
         for decision in decisions:
@@ -90,12 +110,22 @@ class Machine(RuleBasedStateMachine):
             if waiter.counts:
                 assert granted.since - waiter.since <= 10 * max(0, granted.priority - waiter.priority)
 
-    @rule(model=models, start=st.booleans(), priority=st.sampled_from(Priority), counts=st.booleans())
-    def request(self, model: str, start: bool, priority: Priority, counts: bool) -> None:
+    @rule(model=models, start=st.booleans(), priority=st.sampled_from(Priority), counts=st.booleans(), needs=sizes)
+    def request(self, model: str, start: bool, priority: Priority, counts: bool, needs: dict[str, int]) -> None:
+        """A model that does not run may have other settings each time."""
+        entry = self.s.entry(model)
+        if entry.state not in OCCUPYING and not entry.waiters and not entry.wanted:
+            entry.needs = needs
         ticket, self.next_ticket = self.next_ticket, self.next_ticket + 1
         self.waiting[ticket] = model
         self.asked[ticket] = Waiter(self.now, 0.0, priority, counts)
         self.carry_out(self.s.request(ticket, model, self.now, start=start, priority=priority, counts=counts))
+
+    @precondition(lambda self: any(self.children.values()))
+    @rule(data=st.data(), needs=sizes)
+    def measured(self, data: st.DataObject, needs: dict[str, int]) -> None:
+        model = data.draw(st.sampled_from(sorted(m for m, n in self.children.items() if n)))
+        self.carry_out(self.s.measured(model, needs, self.now))
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -137,9 +167,10 @@ class Machine(RuleBasedStateMachine):
             self.children[model] = 0
             self.carry_out(self.s.failed(model, BOOM, self.now))
 
-    @rule(most=st.integers(1, 3), in_flight=st.integers(1, 4))
-    def other_limits(self, most: int, in_flight: int) -> None:
-        self.carry_out(self.s.set_limits(replace(self.s.limits, max_loaded=most, max_in_flight=in_flight), self.now))
+    @rule(most=st.integers(1, 3), in_flight=st.integers(1, 4), budget=budgets)
+    def other_limits(self, most: int, in_flight: int, budget: dict[str, int]) -> None:
+        limits = replace(self.s.limits, max_loaded=most, max_in_flight=in_flight, budget=budget)
+        self.carry_out(self.s.set_limits(limits, self.now))
 
     @rule(seconds=st.floats(0.01, 30))
     def time_passes(self, seconds: float) -> None:
@@ -171,16 +202,36 @@ class Machine(RuleBasedStateMachine):
         assert {e.model for e in occupied} == {m for m, n in self.children.items() if n}
 
     @invariant()
+    def budget_in_bytes_holds(self) -> None:
+        """Where the budget was lowered or a child grew, nothing starts until the children that are there fit again."""
+        occupied = [e for e in self.s.entries.values() if e.state in OCCUPYING]
+        there = {(e.model, e.starts) for e in occupied}
+        assert fits(occupied, self.s.limits.budget) or there <= self.there, "a start went over the budget"
+        self.there = there
+
+    @invariant()
     def no_room_is_wasted(self) -> None:
         entries, limits = self.s.entries.values(), self.s.limits
-        wanting = sum(e.state is State.ABSENT and (bool(e.waiters) or e.wanted) for e in entries)
+        wanting = [e for e in entries if e.state is State.ABSENT and (bool(e.waiters) or e.wanted)]
         if not wanting:
             return
-        full = sum(e.state in OCCUPYING for e in entries) >= limits.max_loaded + limits.overlap
-        assert full or sum(e.state in COUNTED for e in entries) >= limits.max_loaded, "who could start does not wait"
-        idle = any(e.state is State.READY and not e.leases and not e.pinned for e in entries)
-        staying = sum(e.state in STAYING for e in entries)
-        assert not idle or wanting <= limits.max_loaded - staying, "an idle model makes room"
+        occupied = [e for e in entries if e.state in OCCUPYING]
+        first = min(wanting, key=Entry.turn)
+        full = len(occupied) >= limits.max_loaded + limits.overlap
+        full = full or sum(e.state in COUNTED for e in entries) >= limits.max_loaded
+        assert full or not fits([*occupied, first], limits.budget), "who could start does not wait"
+        staying = [e for e in entries if e.state in STAYING]
+        left = [e for e in staying if e.pinned or e.leases or e.state is not State.READY]
+        idle = len(staying) - len(left)
+        room = len(left) + len(wanting) <= limits.max_loaded and fits([*left, *wanting], limits.budget)
+        enough = len(staying) + len(wanting) <= limits.max_loaded and fits([*staying, *wanting], limits.budget)
+        assert not (idle and room) or enough, "idle models make room"
+
+    @invariant()
+    def nobody_waits_in_vain(self) -> None:
+        for entry in self.s.entries.values():
+            if entry.state is State.ABSENT and entry.waiters and not self.s.closing:
+                assert not excess([entry], self.s.limits.budget)
 
     @invariant()
     def nobody_waits_past_the_bound(self) -> None:
@@ -193,8 +244,16 @@ class Machine(RuleBasedStateMachine):
             return
         absent = [e for e in self.s.entries.values() if e.state is State.ABSENT and e.waiters]
         late = [e for e in absent if self.due(e) <= self.now]
-        staying = sum(e.state in STAYING for e in self.s.entries.values())
-        assert len(late) <= max(0, limits.max_loaded - staying), "somebody has waited long enough, and nobody makes way"
+        if not late:
+            return
+        first = min(late, key=Entry.turn)
+        staying = [e for e in self.s.entries.values() if e.state in STAYING]
+        left = [e for e in staying if e not in enough]
+        possible = len(left) < limits.max_loaded and fits([*left, first], limits.budget)
+        there = len(staying) < limits.max_loaded and fits([*staying, first], limits.budget)
+        assert there or not possible, "somebody has waited long enough, and nobody makes way"
+        if not limits.budget:
+            assert len(late) <= max(0, limits.max_loaded - len(staying)), "all of them have"
 
     def due(self, entry: Entry) -> float:
         """Return when a busy model must make way for `entry`."""

@@ -83,6 +83,7 @@ class Child:
         self.model = model
         self.patience = patience
         self.command = command
+        self.planned = command  # what the settings alone make
         self.socket = socket
         self.log = log_
         self.pool = Pool(str(socket))

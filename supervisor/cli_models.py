@@ -68,6 +68,10 @@ def _print_supervisor(found: Json) -> None:
         "Models folder": str(found.get("models_directory") or "-"),
         "Running": f"{found.get('loaded', 0)} of at most {found.get('max_loaded', '-')}",
     }
+    memory = found.get("memory") or {}
+    for pool, most in (memory.get("budget_bytes") or {}).items():
+        name = "Memory" if pool == "ram" else str(pool)
+        lines[name] = f"{size((memory.get('counted_bytes') or {}).get(pool))} of at most {size(most)}"
     for name, value in lines.items():
         say(f"{name + ':':<15}{value}")
     for problem in found.get("problems") or []:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from supervisor import budget
+
 OWN_FLAGS = frozenset({"-m", "--model", "--host", "--port", "-mm", "--mmproj", "--models-dir", "-hf", "--hf-repo"})
 """Child flags that the supervisor sets itself; `args` may not repeat them."""
 
@@ -30,12 +32,22 @@ class ServerSection(Section):
     port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 lets the system choose one.")
     drain_seconds: Seconds = Field(30, description="On SIGTERM, how long running answers may go on.")
     stop_seconds: Seconds = Field(5, description="How long a child may take to exit after SIGTERM before SIGKILL.")
+    memory_budget: int | str = Field(
+        "auto",
+        description="Most memory that all models may take: bytes, `12 GiB`, a share like `75%`; `auto`: 80% of it.",
+    )
     llama_server: Path | None = Field(
         None, description="The llama-server binary; default: the one that `llama-supervisor build` made."
     )
     runtime_dir: Path | None = Field(
         None, description="Folder for sockets and locks (made 0700); default: the user's runtime folder."
     )
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _is_a_budget(cls, text: int | str) -> int | str:
+        budget.parse(text)
+        return text
 
 
 class AtlasValues(Section):

@@ -13,8 +13,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from supervisor import atlas_folder, atlas_support, plan
-from supervisor.child import Child, describe_exit
+from supervisor import atlas_folder, atlas_support, plan, shortage
+from supervisor.child import LOG_LINES_IN_ERRORS, Child, describe_exit
 from supervisor.childlog import TAIL_LINES, ChildLog, file_name
 from supervisor.config import Config, PerformanceSection
 from supervisor.entry import OCCUPYING, STAYING, Entry, Priority, State, Waiter
@@ -22,9 +22,11 @@ from supervisor.errors import ChildDied, ModelNotFound, StartFailed, SupervisorE
 from supervisor.events import Events
 from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
+from supervisor.residency import RAM, excess, excess_error
 from supervisor.runtime import Runtime
 from supervisor.scheduler import Decision, Grant, Limits, Refuse, Scheduler, Start, Stop
 from supervisor.setup import native
+from supervisor.sizing import Size, Sizing, cache_bound
 from supervisor.slot_cache import SlotCache
 from supervisor.slot_store import key_of
 from supervisor.upstream import UpstreamClosed
@@ -35,8 +37,15 @@ log = logging.getLogger(__name__)
 QUEUE_SHOWN = 32
 """Most places of a model's queue that its status tells."""
 
+MEASURED_FILE = "memory.json"
+"""Beside the logs: what children took."""
+
 GRACE = 2.0
 """Seconds by which something may be late before it counts as a problem."""
+
+
+UNSIZED = frozenset({State.ABSENT, State.FAILED})
+"""States in which a model has no child, and its next one may take another amount of memory."""
 
 
 class Lease:
@@ -76,11 +85,13 @@ class Fleet:
         self.config = config
         self.catalog = catalog
         self.runtime = runtime
-        self.scheduler = Scheduler(limits(config, binary()), random.random)
+        self.sizing = Sizing(log_folder / MEASURED_FILE if log_folder is not None else None)
+        self.binary = binary
+        self.scheduler = Scheduler(self._limits(), random.random)
         self.children: dict[str, Child] = {}
         self.logs: dict[str, ChildLog] = {}
         self.parameters: dict[str, PerformanceSection] = {}
-        self.binary = binary
+        self.smaller: dict[str, int] = {}  # contexts in tokens of models that ran out of memory
         self._log_folder = log_folder
         self.patches = patches
         self.events = Events()
@@ -108,6 +119,8 @@ class Fleet:
         """
         ticket = next(self._tickets)
         asked_at = monotonic()
+        if self.scheduler.entry(model).state in UNSIZED:
+            self._size(model)
         decisions = self.scheduler.request(ticket, model, self._now(), start=start, priority=priority, counts=counts)
         if decisions == [Grant(ticket, model)]:  # nearly always: no need to wait
             return self._lease(ticket, model, asked_at)
@@ -175,10 +188,16 @@ class Fleet:
         """Start `model` when there is room; listen to the events to see how it goes.
 
         `parameters` hold until somebody unloads it. A child that runs with others ends after its running requests.
+        Raises `ModelTooLarge` when it can never fit.
         """
         if parameters is not None and parameters != self.parameters.get(model):
             self.parameters[model] = parameters
             self._apply(self.scheduler.restart(model, self._now()))
+        entry = self.scheduler.entry(model)
+        if entry.state in UNSIZED:
+            self._size(model)
+            if over := excess([entry], self.scheduler.limits.budget):
+                raise excess_error(model, over, entry.needs, self.scheduler.limits.budget)
         self._apply(self.scheduler.load(model, self._now()))
 
     def unload(self, model: str, *, force: bool = False) -> None:
@@ -186,6 +205,7 @@ class Fleet:
         self.parameters.pop(model, None)
         if force and (child := self.children.get(model)):
             child.forced = True
+        self.smaller.pop(model, None)
         self._apply(self.scheduler.unload(model, self._now(), force=force))
 
     def apply_change(self, change: Change) -> None:
@@ -197,6 +217,7 @@ class Fleet:
             self.events.publish(model, "model_remove", {})
             self.slots.forget(model)
         for model in change.replaced:
+            self.smaller.pop(model, None)
             self._apply(self.scheduler.restart(model, now))
         if change.added or change.replaced:
             self.events.publish("*", "models_reload", {})
@@ -225,7 +246,9 @@ class Fleet:
             elif entry.state in STAYING and child is not None and (other_binary or self._differs(child, model)):
                 restarted.append(entry.model)
                 self._apply(self.scheduler.restart(entry.model, now))
-        self._apply(self.scheduler.set_limits(limits(config, self.binary()), now))
+            if entry.state in UNSIZED:
+                self._size(entry.model)
+        self._apply(self.scheduler.set_limits(self._limits(), now))
         return restarted
 
     def _differs(self, child: Child, model: Model) -> bool:
@@ -234,7 +257,7 @@ class Fleet:
             command = self._command(Path(child.command[0]), model, child.socket, plan.slot_folder(child.command))
         except StartFailed:
             return True
-        return command != child.command or plan.override_for(self.config, model).env != child.environ
+        return command != child.planned or plan.override_for(self.config, model).env != child.environ
 
     def log_of(self, model: str) -> ChildLog:
         """Return the log of `model`, over all its children."""
@@ -325,22 +348,28 @@ class Fleet:
         """The life of one child, from its start to its end by itself; `_stop` ends it otherwise."""
         child: Child | None = None
         try:
-            child = self._make_child(model)
             began = self._now()
-            pid = await child.spawn(plan.override_for(self.config, self._model(model)).env)
-            self.runtime.record(child.socket, pid, child.patience)
-            log.info("model %s: llama-server %d starting", model, pid)
-            self._spawn(self.slots.read_ahead(child), _name("read ahead", model))
-            running = child
-            await child.until_ready(self.config.models.load_stall_seconds, lambda: self._publish_progress(running))
+            while True:
+                child = self._make_child(model)
+                try:
+                    await self._start(child)
+                    break
+                except StartFailed as error:
+                    if not self._shrink(child):
+                        raise
+                    log.warning("%s", error.message)
+                    log.warning("model %s: once more with %d tokens of context", model, self.smaller[model])
+                    self._forget(model, child)  # it has exited; nothing is awaited, so nobody stops it meanwhile
             took = self._now() - began
             self.metrics.load.labels(model).observe(took)
+            self.scheduler.entry(model).cost = took
             log.info("model %s: ready after %.2f s", model, took)
             await self.slots.restore(child, took, awaited=bool(self.scheduler.entry(model).waiters))
             self.events.publish(model, "model_status", {"status": "loaded", "info": child.info})
             self._apply(self.scheduler.ready(model, self._now()))
             self._spawn(self._get_to_know(child), _name("get to know", model))
             self._spawn(self._watch(child), _name("watch", model))
+            self._spawn(self._measure(child), _name("measure", model))
             code = await child.wait()
             if not child.stopping:
                 raise child.failure(f"llama-server {child.hung or describe_exit(code)}")
@@ -350,6 +379,36 @@ class Fleet:
         except (OSError, ValueError, RuntimeError) as error:
             log.exception("model %s: its child cannot be run", model)
             await self._failed(model, child, StartFailed(f"model {model!r}: {error}", param="model"))
+
+    async def _start(self, child: Child) -> None:
+        """Start the process of `child` and wait until it can serve. Raises `StartFailed`."""
+        pid = await child.spawn(plan.override_for(self.config, self._model(child.model)).env)
+        self.runtime.record(child.socket, pid, child.patience)
+        log.info("model %s: llama-server %d starting", child.model, pid)
+        self._spawn(self.slots.read_ahead(child), _name("read ahead", child.model))
+        await child.until_ready(self.config.models.load_stall_seconds, lambda: self._publish_progress(child))
+
+    def _shrink(self, child: Child) -> bool:
+        """Give the model of a child that lacked memory half of its context, once and unless somebody chose it."""
+        model, id = self.catalog.get(child.model), child.model
+        if model is None or child.stopping or self.scheduler.closing or id in self.smaller:
+            return False
+        config = plan.with_parameters(self.config, id, self.parameters.get(id))
+        lines = child.log.tail(LOG_LINES_IN_ERRORS)
+        half = shortage.smaller_context(child.command, model.header)
+        if half is None or plan.has_own_context(config, model) or not shortage.ran_out(child.exit_code, lines):
+            return False
+        self.smaller[id] = half
+        return True
+
+    async def _measure(self, child: Child) -> None:
+        """Follow the memory of a ready child, and let the scheduler know when it takes another amount."""
+
+        def changed(size: Size) -> None:
+            if self.children.get(child.model) is child and not child.stopping:
+                self._apply(self.scheduler.measured(child.model, size.needs, self._now()))
+
+        await self.sizing.follow(child, changed)
 
     async def _watch(self, child: Child) -> None:
         """Kill a ready child that hangs."""
@@ -364,6 +423,7 @@ class Fleet:
         code = child.exit_code if child else None
         if child is not None:
             await child.stop()
+            await self.sizing.until_back(child.pid)
             self._forget(model, child)
         data = {"status": "unloaded", "failed": True, "exit_code": code, "error": error.message}
         self.events.publish(model, "model_status", data)
@@ -375,8 +435,11 @@ class Fleet:
         if child is not None:
             if (still := self.catalog.get(model)) is not None:
                 await self.slots.save(child, still, self._key(child, still))
+            self.sizing.look(child)
             await child.stop()
+            await self.sizing.until_back(child.pid)
             self._forget(model, child)
+        self._size(model)
         log.info("model %s: stopped", model)
         self.events.publish(model, "model_status", {"status": "unloaded"})
         self._apply(self.scheduler.stopped(model, self._now()))
@@ -387,11 +450,15 @@ class Fleet:
         binary = self.binary()
         if binary is None:
             raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
-        self.scheduler.limits = limits(self.config, binary)  # there may be a newer build by now
+        self.scheduler.limits = self._limits()  # there may be a newer build by now
         socket = self.runtime.new_socket()
         slots = self.slots.folder(model)
         command = self._command(binary, model, socket, slots)
-        child = Child(model_id, command, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
+        size = self._size(model_id)
+        own = plan.override_for(self.config, model)
+        bound = [] if size is None else cache_bound(size, self.scheduler.limits.budget, own.args, own.env)
+        child = Child(model_id, command + bound, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
+        child.planned = command
         if slots is not None and (key := self._key(child, model)) is not None:
             child.kept = self.slots.expect(model, key)
         self.children[model_id] = child
@@ -400,8 +467,14 @@ class Fleet:
 
     def _command(self, binary: Path, model: Model, socket: Path, slots: Path | None) -> list[str]:
         """Return what starts a child for `model` now. Raises `StartFailed` as `_memory_folder` does."""
+        return self._planned(binary, model, socket, self._memory_folder(model), slots)
+
+    def _planned(self, binary: Path, model: Model, socket: Path, folder: Path | None, slots: Path | None) -> list[str]:
         config = plan.with_parameters(self.config, model.id, self.parameters.get(model.id))
-        return plan.command(binary, model, config, socket, folder=self._memory_folder(model), slots=slots)
+        if model.id in self.smaller and not plan.has_own_context(config, model):
+            config = plan.with_parameters(config, model.id, PerformanceSection(context_size=self.smaller[model.id]))
+        budget = self.sizing.budget(config, cpu_only=True)[RAM]
+        return plan.command(binary, model, config, socket, folder=folder, slots=slots, budget=budget)
 
     def _key(self, child: Child, model: Model) -> str | None:
         """Return what a child for `model` that starts now has in its slots in common with others; None: nothing."""
@@ -411,6 +484,30 @@ class Fleet:
             return key_of(command, plan.override_for(self.config, model).env, files)
         except (OSError, StartFailed):
             return None
+
+    def _size(self, model_id: str) -> Size | None:
+        """Note how much memory the next child of a model will take; None when it is gone."""
+        model = self.catalog.get(model_id)
+        size = self._estimate(model) if model is not None else None
+        if size is not None:
+            self.sizing.sizes[model_id] = size
+            self.scheduler.entry(model_id).needs = size.needs
+        return size
+
+    def _estimate(self, model: Model) -> Size | None:
+        binary = self.binary()
+        if binary is None:
+            return None
+        has_memory = plan.atlas_of(self.config, model).enabled != "off"
+        folder = plan.memory_folder(self.config, model) if has_memory else None  # which need not be there yet
+        command = self._planned(binary, model, Path("-"), folder, None)
+        env = plan.override_for(self.config, model).env
+        return self.sizing.size(model, command, env, cpu_only=native.is_cpu_build(binary))
+
+    def _limits(self) -> Limits:
+        binary = self.binary()
+        cpu_only = binary is None or native.is_cpu_build(binary)
+        return limits(self.config, binary, self.sizing.budget(self.config, cpu_only=cpu_only))
 
     def _set_rules(self, entry: Entry, model: Model) -> None:
         entry.pinned = plan.override_for(self.config, model).pin
@@ -504,6 +601,7 @@ class Fleet:
             "queue": [_place(number, waiter, now) for number, (_, waiter) in enumerate(entry.queue()[:QUEUE_SHOWN], 1)],
             "pid": child.pid if child else None,
             "rss_bytes": child.rss() if child else None,
+            "memory": self.sizing.status_of(entry.model),
             "ready_seconds": round(now - entry.ready_at, 3) if ready else None,
             "idle_seconds": round(now - entry.last_used, 3) if ready and not entry.leases else None,
             "restarts": entry.restarts,
@@ -524,8 +622,8 @@ def _name(work: str, model: str) -> str:
     return f"{work} {model}"
 
 
-def limits(config: Config, binary: Path | None) -> Limits:
-    """Return the scheduler's part of the configuration, for children that run `binary`."""
+def limits(config: Config, binary: Path | None, budget: dict[str, int]) -> Limits:
+    """Return the scheduler's part of the configuration, for children that run `binary`; `budget`: bytes by pool."""
     return Limits(
         max_loaded=config.models.max_loaded_models,
         overlap=1 if binary is not None and native.is_cpu_build(binary) else 0,
@@ -536,4 +634,5 @@ def limits(config: Config, binary: Path | None) -> Limits:
         queue_limit=config.inference.queue_limit,
         queue_timeout=config.inference.queue_timeout_seconds,
         drain=config.server.drain_seconds,
+        budget=budget,
     )

@@ -218,6 +218,21 @@ class FleetCollector(Collector):
             if (rss := child.rss()) is not None:
                 memory.add_metric([model], rss)
         yield memory
+        yield from self._sizes()
+
+    def _sizes(self) -> Iterator[Metric]:
+        labels = ["model", "pool"]
+        predicted = GaugeMetricFamily(PREFIX + "model_memory_predicted_bytes", "Memory by the estimate.", labels=labels)
+        counted = GaugeMetricFamily(PREFIX + "model_memory_counted_bytes", "Memory that is counted.", labels=labels)
+        peak = GaugeMetricFamily(PREFIX + "model_memory_peak_bytes", "Most memory that a child took.", labels=labels)
+        for model, size in self._fleet.sizing.sizes.items():
+            for family, numbers in ((predicted, size.predicted), (counted, size.needs), (peak, size.peak)):
+                for pool, number in numbers.items():
+                    family.add_metric([model, pool], number)
+        budget = GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Most memory of all children.", labels=["pool"])
+        for pool, number in self._fleet.scheduler.limits.budget.items():
+            budget.add_metric([pool], number)
+        yield from (predicted, counted, peak, budget)
 
     def _queue_ages(self) -> Metric:
         told = "How long the oldest request has waited for its model; 0: none waits."

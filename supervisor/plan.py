@@ -67,10 +67,12 @@ def command(
     *,
     folder: Path | None = None,
     slots: Path | None = None,
+    budget: int | None = None,
 ) -> list[str]:
     """Return the argument vector that starts `model` on `socket`. Later flags win over earlier ones.
 
-    `folder` is where its memory files are, `slots` where the prompts of its slots go; without one it has none.
+    `folder` is where its memory files are, `slots` where the prompts of its slots go; without one it has none. `budget`
+    is what all models may take together, in bytes; None: the machine's memory.
     """
     override = override_for(config, model)
     performance = config.performance
@@ -81,7 +83,8 @@ def command(
         args += ["--mmproj", str(model.mmproj)]
     context = override.context_size or performance.context_size
     if context is None and model.header is not None:
-        chosen = choose_context(model.header, total_memory())
+        memory = total_memory()
+        chosen = choose_context(model.header, memory if budget is None else min(budget, memory))
         context = chosen if chosen != model.header.context_length else None
     if context:
         args += ["--ctx-size", str(context)]
@@ -101,7 +104,7 @@ def command(
     if native.is_cpu_build(binary):
         # the first request warms the model up just as well, and it is waiting
         args.append("--no-warmup")
-        if needs_no_fit(model, override, performance, total_memory()):
+        if needs_no_fit(model, override, performance, total_memory()) or "--ctx-size" in args:
             args += ["--fit", "off"]
     return args + override.args
 
@@ -180,6 +183,13 @@ def with_parameters(config: Config, model: str, parameters: PerformanceSection |
     return config.model_copy(
         update={"performance": config.performance.model_copy(update=asked), "models": models},
     )
+
+
+def has_own_context(config: Config, model: Model) -> bool:
+    """Tell whether somebody said how large the context of `model` is."""
+    own = override_for(config, model)
+    flags = {"-c", "--ctx-size"} & set(own.args) or "LLAMA_ARG_CTX_SIZE" in own.env
+    return bool(own.context_size or config.performance.context_size or flags)
 
 
 def stop_seconds(config: Config, model: Model) -> float:

@@ -48,11 +48,14 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
     documented = dict(
         re.findall(r"^\| `(llama_supervisor_\w+)` \| ([^|]*) \|", (DOCS / "api.md").read_text(), re.MULTILINE)
     )
-    made, scheduler = Metrics(), Scheduler(Limits())
+    made, scheduler = Metrics(), Scheduler(Limits(budget={"ram": 1}))
     scheduler.entry("m")
-    made.registry.register(
-        FleetCollector(SimpleNamespace(scheduler=scheduler, children={"m": Process()}, queue_ages=lambda: {"m": 0.0}))
+    size = SimpleNamespace(predicted={"ram": 1}, needs={"ram": 1}, peak={"ram": 1})
+    sizing = SimpleNamespace(sizes={"m": size})
+    fleet = SimpleNamespace(
+        scheduler=scheduler, children={"m": Process()}, queue_ages=lambda: {"m": 0.0}, sizing=sizing
     )
+    made.registry.register(FleetCollector(fleet))
     made.of("m").count("/x", 200, waited=0.0, took=0.0, first=0.0, tokens=Tokens(1, 1, 1))
     made.errors.labels("x").inc()
     made.retries.labels("m").inc()

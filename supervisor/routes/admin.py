@@ -96,6 +96,7 @@ async def status(request: web.Request) -> web.StreamResponse:
             "restart_needed": live.restart_needed,
             "loaded": sum(entry.state in COUNTED for entry in entries),
             "max_loaded": fleet.scheduler.limits.max_loaded,
+            "memory": {"budget_bytes": fleet.scheduler.limits.budget, "counted_bytes": fleet.scheduler.taken()},
             "models": [fleet.status_of(entry) for entry in entries if entry.state is not State.ABSENT],
         }
     )

@@ -20,6 +20,7 @@ from supervisor.fleet import Fleet
 from supervisor.models.catalog import Model
 from supervisor.models.folder_scan import show
 from supervisor.models.model_files import AUTO
+from supervisor.residency import RAM
 from supervisor.routes.gate import demand, may
 from supervisor.routes.keys import CATALOG, FLEET
 from supervisor.routes.wrap import guarded, json_object
@@ -56,6 +57,7 @@ def describe(model: Model, fleet: Fleet) -> dict[str, Any]:
         "architecture_name": header.architecture if header else None,
         "quantization": header.quantization if header else None,
         "parameters": header.parameter_count if header else None,
+        "memory": memory_of(model, fleet),
         "multimodal": model.mmproj is not None,
         "atlas_support": asdict(atlas_support(model, fleet)),
     }
@@ -65,6 +67,12 @@ def describe(model: Model, fleet: Fleet) -> dict[str, Any]:
         described["tags"] = info.get("tags", [])
         described |= {key: value for key, value in info.items() if key not in described}
     return described
+
+
+def memory_of(model: Model, fleet: Fleet) -> dict[str, int | None] | None:
+    """Return the bytes of the machine's memory that `model` takes; None: nobody asked for it yet."""
+    size = fleet.sizing.sizes.get(model.id)
+    return None if size is None else {"predicted": size.predicted[RAM], "measured": size.peak.get(RAM)}
 
 
 def atlas_support(model: Model, fleet: Fleet) -> Support:

@@ -66,7 +66,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "GET /models": Operation(query={"reload": {"type": "string"}}),
     "GET /v1/models/{id}": _ONE_MODEL,
     "POST /models/load": Operation(
-        body=_object(("model",), model=_NAME, parameters=_plain(PerformanceSection)), errors=(404, 422)
+        body=_object(("model",), model=_NAME, parameters=_plain(PerformanceSection)), errors=(404, 422, 507)
     ),
     "POST /models/unload": Operation(body=_object(("model",), model=_NAME, force=_FLAG), errors=(404, 422)),
     "POST /models/unload/{id}": _ONE_MODEL,
@@ -85,7 +85,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         body=_object(
             ("prompt",), prompt=_NAME, model=_NAME, model_id=_NAME, parameters={"type": "object"}, stream=_FLAG
         ),
-        errors=(404, 422, 429, 502, 503, 504),
+        errors=(404, 422, 429, 502, 503, 504, 507),
     ),
     "GET /performance": Operation(),
     "GET /karen/config": Operation(query={"model": _NAME}, errors=(404, 422)),

@@ -1,0 +1,36 @@
+"""Did a child not start for want of memory, and with which smaller context may it try once more?"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from supervisor.models.gguf import Header
+
+LEAST_CONTEXT = 512
+"""Context in tokens below which no second try is made."""
+
+_WORDS = re.compile(
+    r"failed to allocate|unable to allocate|bad_alloc|out of memory|cannot allocate memory|cudaMalloc failed"
+    r"|failed to (?:create|initialize) (?:the )?context",
+    re.IGNORECASE,
+)
+
+
+def ran_out(code: int | None, lines: Iterable[str]) -> bool:
+    """Tell whether a child that exited with `code` (negative: killed by that signal) while it loaded lacked memory."""
+    if code is None:
+        return False  # it runs, so it did not
+    return code == -signal.SIGKILL or any(_WORDS.search(line) for line in lines)
+
+
+def smaller_context(command: Sequence[str], header: Header | None) -> int | None:
+    """Return half of the context that a child had, None when that is too little."""
+    context = header.context_length if header else None
+    for flag, value in pairwise(command):
+        if flag in ("-c", "--ctx-size") and value.isdecimal() and int(value):
+            context = int(value)
+    half = (context or 0) // 2
+    return half if half >= LEAST_CONTEXT else None

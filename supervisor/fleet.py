@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from supervisor import atlas_folder, atlas_support, plan, shortage
-from supervisor.child import LOG_LINES_IN_ERRORS, Child, describe_exit
+from supervisor.child import Child, describe_exit
 from supervisor.childlog import TAIL_LINES, ChildLog, file_name
 from supervisor.config import Config, PerformanceSection
 from supervisor.entry import OCCUPYING, STAYING, Entry, Priority, State, Waiter
@@ -394,7 +394,7 @@ class Fleet:
         if model is None or child.stopping or self.scheduler.closing or id in self.smaller:
             return False
         config = plan.with_parameters(self.config, id, self.parameters.get(id))
-        lines = child.log.tail(LOG_LINES_IN_ERRORS)
+        lines = child.log.tail(shortage.LINES)
         half = shortage.smaller_context(child.command, model.header)
         if half is None or plan.has_own_context(config, model) or not shortage.ran_out(child.exit_code, lines):
             return False

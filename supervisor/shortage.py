@@ -12,9 +12,12 @@ from supervisor.models.gguf import Header
 LEAST_CONTEXT = 512
 """Context in tokens below which no second try is made."""
 
+LINES = 100
+"""Last lines of a log that are looked at: llama-server may write a backtrace after the words that matter."""
+
 _WORDS = re.compile(
-    r"failed to allocate|unable to allocate|bad_alloc|out of memory|cannot allocate memory|cudaMalloc failed"
-    r"|failed to (?:create|initialize) (?:the )?context",
+    r"failed to allocate|insufficient memory|unable to allocate|cannot allocate memory|out of memory|bad_alloc"
+    r"|cudaMalloc failed|failed to (?:create|initialize) (?:the )?context",
     re.IGNORECASE,
 )
 

@@ -124,7 +124,7 @@ def test_the_refusal_says_by_how_much_and_what_to_do():
 
 def test_want_of_memory_is_known_by_the_signal_or_the_words():
     assert shortage.ran_out(-9, [])
-    assert shortage.ran_out(1, ["x", "ggml: failed to allocate buffer of size 5"])
+    assert shortage.ran_out(1, ["x", "E ggml_aligned_malloc: insufficient memory (attempted to allocate 5 MB)"])
     assert not shortage.ran_out(1, ["unknown architecture"])
     assert not shortage.ran_out(None, ["failed to allocate"])
 

@@ -13,7 +13,7 @@ ARGS = {"args": ["--fit", "off", "--no-warmup"]}
 def limited(short_tmp: Path, native_server: Path) -> tuple[Path, Path]:
     """A llama-server that may map so many KiB as a file says, and that file."""
     script, limit = short_tmp / "limited-server", short_tmp / "limit"
-    script.write_text(f'#!/bin/sh\nulimit -v "$(cat {limit})"\nexec {native_server} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexport MALLOC_ARENA_MAX=1\nulimit -v "$(cat {limit})"\nexec {native_server} "$@"\n')
     script.chmod(0o755)
     limit.write_text("unlimited")
     return script, limit
@@ -25,7 +25,7 @@ def mapped_kib(pid: int) -> int:
 
 
 async def run(start, limited, smollm2, context: int | None):
-    """Run the model without a limit, then with 45 MiB less than it needs; half of its KV cache is 90 MiB."""
+    """Run the model without a limit, then with 60 MiB less than it needs; half of its KV cache is 90 MiB."""
     script, limit = limited
     performance = {"context_size": context}
     running = await start(
@@ -33,7 +33,7 @@ async def run(start, limited, smollm2, context: int | None):
     )
     assert (await running.chat("a"))[0] == 200
     child = running.supervisor.fleet.children["a"]
-    limit.write_text(str(mapped_kib(child.pid) - 45 * 1024))
+    limit.write_text(str(mapped_kib(child.pid) - 60 * 1024))
     await running.json("POST", "/models/unload", {"model": "a"})
     await child.gone.wait()
     return running

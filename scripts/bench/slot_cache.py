@@ -92,15 +92,18 @@ def main() -> int:
     before = machine_state()
     for path in (given.model_a, given.model_b):
         warm_page_cache(path)
-    results = [measure(given, tokens) for tokens in given.tokens]
-    if given.json:
-        print(json.dumps({"benchmark": "slot_cache", "results": results, "machine": before}, indent=2))
-    else:
-        for one in results:
+    results = []
+    for tokens in given.tokens:
+        one = measure(given, tokens)
+        results.append(one)
+        if not given.json:
             back, away = one["back_s"], one["away_s"]
             print(f"{one['tokens']} tokens, medians of {given.rounds} rounds:")
             print(f"  first byte on coming back: {back['with']} s with, {back['without']} s without")
-            print(f"  first byte of the swap:    {away['with']} s with, {away['without']} s without")
+            print(f"  first byte of the swap:    {away['with']} s with, {away['without']} s without", flush=True)
+    if given.json:
+        print(json.dumps({"benchmark": "slot_cache", "results": results, "machine": before}, indent=2))
+    else:
         print_machine(before)
     return 0 if all(one["back_s"]["with"] < one["back_s"]["without"] for one in results) else 1
 

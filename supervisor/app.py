@@ -164,7 +164,7 @@ class Supervisor:
         self.runtime.close()
 
     def _binary_version(self) -> native.ServerVersion | None:
-        binary = self.fleet.binary()
+        binary = self.fleet.launch.binary()
         if binary is None:
             log.warning("there is no llama-server yet: run `llama-supervisor build`")
             return None

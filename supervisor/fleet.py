@@ -13,22 +13,22 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from supervisor import atlas_folder, atlas_support, plan, shortage
+from supervisor import atlas_support, plan
 from supervisor.child import Child, describe_exit
 from supervisor.childlog import TAIL_LINES, ChildLog, file_name
 from supervisor.config import Config, PerformanceSection
 from supervisor.entry import OCCUPYING, STAYING, Entry, Priority, State, Waiter
 from supervisor.errors import ChildDied, ModelNotFound, StartFailed, SupervisorError
 from supervisor.events import Events
+from supervisor.launch import Launch
 from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
-from supervisor.residency import RAM, excess, excess_error
+from supervisor.residency import excess, excess_error
 from supervisor.runtime import Runtime
-from supervisor.scheduler import Decision, Grant, Limits, Refuse, Scheduler, Start, Stop
+from supervisor.scheduler import Decision, Grant, Refuse, Scheduler, Start, Stop
 from supervisor.setup import native
-from supervisor.sizing import Size, Sizing, cache_bound
+from supervisor.sizing import Size, Sizing
 from supervisor.slot_cache import SlotCache
-from supervisor.slot_store import key_of
 from supervisor.upstream import UpstreamClosed
 from supervisor.watchdog import until_hanging
 
@@ -82,16 +82,12 @@ class Fleet:
         log_folder: Path | None,
         patches: str,
     ) -> None:
-        self.config = config
+        self.launch = Launch(config, binary, log_folder / MEASURED_FILE if log_folder is not None else None)
         self.catalog = catalog
         self.runtime = runtime
-        self.sizing = Sizing(log_folder / MEASURED_FILE if log_folder is not None else None)
-        self.binary = binary
-        self.scheduler = Scheduler(self._limits(), random.random)
+        self.scheduler = Scheduler(self.launch.limits(), random.random)
         self.children: dict[str, Child] = {}
         self.logs: dict[str, ChildLog] = {}
-        self.parameters: dict[str, PerformanceSection] = {}
-        self.smaller: dict[str, int] = {}  # contexts in tokens of models that ran out of memory
         self._log_folder = log_folder
         self.patches = patches
         self.events = Events()
@@ -106,6 +102,16 @@ class Fleet:
         self._gone = asyncio.Event()
         self._gone.set()
         self._now = asyncio.get_running_loop().time
+
+    @property
+    def config(self) -> Config:
+        """The configuration that children are started by."""
+        return self.launch.config
+
+    @property
+    def sizing(self) -> Sizing:
+        """How much memory the models take."""
+        return self.launch.sizing
 
     # For requests
 
@@ -190,8 +196,8 @@ class Fleet:
         `parameters` hold until somebody unloads it. A child that runs with others ends after its running requests.
         Raises `ModelTooLarge` when it can never fit.
         """
-        if parameters is not None and parameters != self.parameters.get(model):
-            self.parameters[model] = parameters
+        if parameters is not None and parameters != self.launch.parameters.get(model):
+            self.launch.parameters[model] = parameters
             self._apply(self.scheduler.restart(model, self._now()))
         entry = self.scheduler.entry(model)
         if entry.state in UNSIZED:
@@ -202,10 +208,10 @@ class Fleet:
 
     def unload(self, model: str, *, force: bool = False) -> None:
         """Stop `model` after its running requests; at once with `force`."""
-        self.parameters.pop(model, None)
+        self.launch.parameters.pop(model, None)
+        self.launch.smaller.pop(model, None)
         if force and (child := self.children.get(model)):
             child.forced = True
-        self.smaller.pop(model, None)
         self._apply(self.scheduler.unload(model, self._now(), force=force))
 
     def apply_change(self, change: Change) -> None:
@@ -217,7 +223,7 @@ class Fleet:
             self.events.publish(model, "model_remove", {})
             self.slots.forget(model)
         for model in change.replaced:
-            self.smaller.pop(model, None)
+            self.launch.smaller.pop(model, None)
             self._apply(self.scheduler.restart(model, now))
         if change.added or change.replaced:
             self.events.publish("*", "models_reload", {})
@@ -228,7 +234,7 @@ class Fleet:
         A child whose command line and environment would be the same goes on undisturbed.
         """
         other_binary = config.server.llama_server != self.config.server.llama_server
-        self.config = config
+        self.launch.config = config
         self.slots.apply(config, self.catalog.models.values())
         for log_ in self.logs.values():
             log_.max_bytes = int(config.logging.max_mb * 1024 * 1024)
@@ -243,21 +249,13 @@ class Fleet:
                 child.patience = plan.stop_seconds(config, model)
             if entry.state is State.FAILED:
                 self._apply(self.scheduler.restart(entry.model, now))  # it may start now
-            elif entry.state in STAYING and child is not None and (other_binary or self._differs(child, model)):
+            elif entry.state in STAYING and child is not None and (other_binary or self.launch.differs(child, model)):
                 restarted.append(entry.model)
                 self._apply(self.scheduler.restart(entry.model, now))
             if entry.state in UNSIZED:
                 self._size(entry.model)
-        self._apply(self.scheduler.set_limits(self._limits(), now))
+        self._apply(self.scheduler.set_limits(self.launch.limits(), now))
         return restarted
-
-    def _differs(self, child: Child, model: Model) -> bool:
-        """Whether a child for `model` would be started in another way now."""
-        try:
-            command = self._command(Path(child.command[0]), model, child.socket, plan.slot_folder(child.command))
-        except StartFailed:
-            return True
-        return command != child.planned or plan.override_for(self.config, model).env != child.environ
 
     def log_of(self, model: str) -> ChildLog:
         """Return the log of `model`, over all its children."""
@@ -355,10 +353,10 @@ class Fleet:
                     await self._start(child)
                     break
                 except StartFailed as error:
-                    if not self._shrink(child):
+                    if (half := self._shrink(child)) is None:
                         raise
                     log.warning("%s", error.message)
-                    log.warning("model %s: once more with %d tokens of context", model, self.smaller[model])
+                    log.warning("model %s: once more with %d tokens of context", model, half)
                     self._forget(model, child)  # it has exited; nothing is awaited, so nobody stops it meanwhile
             took = self._now() - began
             self.metrics.load.labels(model).observe(took)
@@ -388,18 +386,12 @@ class Fleet:
         self._spawn(self.slots.read_ahead(child), _name("read ahead", child.model))
         await child.until_ready(self.config.models.load_stall_seconds, lambda: self._publish_progress(child))
 
-    def _shrink(self, child: Child) -> bool:
-        """Give the model of a child that lacked memory half of its context, once and unless somebody chose it."""
-        model, id = self.catalog.get(child.model), child.model
-        if model is None or child.stopping or self.scheduler.closing or id in self.smaller:
-            return False
-        config = plan.with_parameters(self.config, id, self.parameters.get(id))
-        lines = child.log.tail(shortage.LINES)
-        half = shortage.smaller_context(child.command, model.header)
-        if half is None or plan.has_own_context(config, model) or not shortage.ran_out(child.exit_code, lines):
-            return False
-        self.smaller[id] = half
-        return True
+    def _shrink(self, child: Child) -> int | None:
+        """Return the smaller context in tokens with which a child that lacked memory may be started once more."""
+        model = self.catalog.get(child.model)
+        if model is None or child.stopping or self.scheduler.closing:
+            return None
+        return self.launch.shrink(child, model)
 
     async def _measure(self, child: Child) -> None:
         """Follow the memory of a ready child, and let the scheduler know when it takes another amount."""
@@ -434,7 +426,7 @@ class Fleet:
         child = self.children.get(model)
         if child is not None:
             if (still := self.catalog.get(model)) is not None:
-                await self.slots.save(child, still, self._key(child, still))
+                await self.slots.save(child, still, self.launch.slots_key(child, still))
             self.sizing.look(child)
             await child.stop()
             await self.sizing.until_back(child.pid)
@@ -447,89 +439,28 @@ class Fleet:
 
     def _make_child(self, model_id: str) -> Child:
         model = self._model(model_id)
-        binary = self.binary()
-        if binary is None:
-            raise StartFailed("there is no llama-server: run `llama-supervisor build`", param="model")
-        self.scheduler.limits = self._limits()  # there may be a newer build by now
-        socket = self.runtime.new_socket()
-        slots = self.slots.folder(model)
-        command = self._command(binary, model, socket, slots)
-        size = self._size(model_id)
-        own = plan.override_for(self.config, model)
-        bound = [] if size is None else cache_bound(size, self.scheduler.limits.budget, own.args, own.env)
-        child = Child(model_id, command + bound, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
+        self.scheduler.limits = self.launch.limits()
+        socket, slots = self.runtime.new_socket(), self.slots.folder(model)
+        command = self.launch.command(model, socket, slots)
+        self._size(model_id)
+        words = command + self.launch.cache_bound(model, self.scheduler.limits)
+        child = Child(model_id, words, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
         child.planned = command
-        if slots is not None and (key := self._key(child, model)) is not None:
+        if slots is not None and (key := self.launch.slots_key(child, model)) is not None:
             child.kept = self.slots.expect(model, key)
         self.children[model_id] = child
         self._set_rules(self.scheduler.entry(model_id), model)
         return child
 
-    def _command(self, binary: Path, model: Model, socket: Path, slots: Path | None) -> list[str]:
-        """Return what starts a child for `model` now. Raises `StartFailed` as `_memory_folder` does."""
-        return self._planned(binary, model, socket, self._memory_folder(model), slots)
-
-    def _planned(self, binary: Path, model: Model, socket: Path, folder: Path | None, slots: Path | None) -> list[str]:
-        config = plan.with_parameters(self.config, model.id, self.parameters.get(model.id))
-        if model.id in self.smaller and not plan.has_own_context(config, model):
-            config = plan.with_parameters(config, model.id, PerformanceSection(context_size=self.smaller[model.id]))
-        budget = self.sizing.budget(config, cpu_only=True)[RAM]
-        return plan.command(binary, model, config, socket, folder=folder, slots=slots, budget=budget)
-
-    def _key(self, child: Child, model: Model) -> str | None:
-        """Return what a child for `model` that starts now has in its slots in common with others; None: nothing."""
-        try:
-            command = self._command(Path(child.command[0]), model, child.socket, plan.slot_folder(child.command))
-            files = [*model.files, *([model.mmproj] if model.mmproj else [])]
-            return key_of(command, plan.override_for(self.config, model).env, files)
-        except (OSError, StartFailed):
-            return None
-
-    def _size(self, model_id: str) -> Size | None:
-        """Note how much memory the next child of a model will take; None when it is gone."""
+    def _size(self, model_id: str) -> None:
+        """Tell the scheduler how much memory the next child of a model will take."""
         model = self.catalog.get(model_id)
-        size = self._estimate(model) if model is not None else None
-        if size is not None:
-            self.sizing.sizes[model_id] = size
+        if model is not None and (size := self.launch.size(model)) is not None:
             self.scheduler.entry(model_id).needs = size.needs
-        return size
-
-    def _estimate(self, model: Model) -> Size | None:
-        binary = self.binary()
-        if binary is None:
-            return None
-        has_memory = plan.atlas_of(self.config, model).enabled != "off"
-        folder = plan.memory_folder(self.config, model) if has_memory else None  # which need not be there yet
-        command = self._planned(binary, model, Path("-"), folder, None)
-        env = plan.override_for(self.config, model).env
-        return self.sizing.size(model, command, env, cpu_only=native.is_cpu_build(binary))
-
-    def _limits(self) -> Limits:
-        binary = self.binary()
-        cpu_only = binary is None or native.is_cpu_build(binary)
-        return limits(self.config, binary, self.sizing.budget(self.config, cpu_only=cpu_only))
 
     def _set_rules(self, entry: Entry, model: Model) -> None:
         entry.pinned = plan.override_for(self.config, model).pin
         entry.idle_unload = plan.idle_unload(self.config, model)
-
-    def _memory_folder(self, model: Model) -> Path | None:
-        """Return the folder for the memory files of `model`, made if need be; None: it gets none.
-
-        Raises `StartFailed` when the one that the settings name cannot be made.
-        """
-        if plan.atlas_of(self.config, model).enabled == "off":
-            return None
-        folder = plan.memory_folder(self.config, model)
-        try:
-            atlas_folder.make(folder)
-        except OSError as error:
-            reason = f"no folder for memory files: {folder}: {error.strerror or error}"
-            if self.config.atlas.memory_directory is not None:
-                raise StartFailed(f"model {model.id!r}: {reason}; see atlas.memory_directory", param="model") from error
-            log.warning("model %s: %s; set atlas.memory_directory", model.id, reason)
-            return None
-        return folder
 
     def _model(self, model_id: str) -> Model:
         model = self.catalog.get(model_id)
@@ -620,19 +551,3 @@ def _place(position: int, waiter: Waiter, now: float) -> dict[str, Any]:
 def _name(work: str, model: str) -> str:
     """Return the name of a task, by which `problems` finds out whether it goes on."""
     return f"{work} {model}"
-
-
-def limits(config: Config, binary: Path | None, budget: dict[str, int]) -> Limits:
-    """Return the scheduler's part of the configuration, for children that run `binary`; `budget`: bytes by pool."""
-    return Limits(
-        max_loaded=config.models.max_loaded_models,
-        overlap=1 if binary is not None and native.is_cpu_build(binary) else 0,
-        max_wait=config.inference.max_wait_seconds,
-        min_residency=config.inference.min_residency_seconds,
-        max_in_flight=config.inference.max_in_flight,
-        priority_seconds=config.inference.priority_seconds,
-        queue_limit=config.inference.queue_limit,
-        queue_timeout=config.inference.queue_timeout_seconds,
-        drain=config.server.drain_seconds,
-        budget=budget,
-    )

@@ -195,7 +195,7 @@ async def test_who_has_no_key_learns_no_names(front):
 
 
 async def test_not_ready_without_a_llama_server(open_front):
-    open_front.supervisor.fleet.binary = lambda: None
+    open_front.supervisor.fleet.launch.binary = lambda: None
     status, answer = await readiness(open_front)
     assert (status, answer["status"], answer["components"]["llama_server"]["status"]) == (
         503,

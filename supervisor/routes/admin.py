@@ -38,7 +38,7 @@ async def ready(request: web.Request) -> web.StreamResponse:
     scheduler = fleet.problems()
     if fleet.scheduler.closing:
         scheduler.append("the supervisor is shutting down")
-    server = [] if fleet.binary() is not None else ["there is no llama-server: run `llama-supervisor build`"]
+    server = [] if fleet.launch.binary() is not None else ["there is no llama-server: run `llama-supervisor build`"]
     components = {"scheduler": scheduler, "llama_server": server, "models": catalog.problems, "keys": access.problems}
     good = not scheduler and not server
     described: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ async def status(request: web.Request) -> web.StreamResponse:
     fleet, catalog, live = request.app[FLEET], request.app[CATALOG], request.app[LIVE]
     settings = live.settings
     entries = fleet.scheduler.entries.values()
-    binary, version = fleet.binary(), fleet.binary_version
+    binary, version = fleet.launch.binary(), fleet.binary_version
     return web.json_response(
         {
             "version": __version__,

@@ -53,4 +53,4 @@ async def test_a_context_that_somebody_chose_stays_and_the_error_tells(start, li
     status, answer = await running.chat("a")
     assert status == 503
     assert answer["error"]["code"] == "model_start_failed"
-    assert not running.supervisor.fleet.smaller
+    assert not running.supervisor.fleet.launch.smaller

@@ -84,6 +84,7 @@ class Child:
         self.patience = patience
         self.command = command
         self.planned = command  # what the settings alone make
+        self.slots: Path | None = None  # the folder that it was given for the prompts of its slots
         self.socket = socket
         self.log = log_
         self.pool = Pool(str(socket))

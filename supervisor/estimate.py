@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from supervisor.models.gguf import Header
@@ -108,7 +109,7 @@ def shape_of(command: Sequence[str], environ: Mapping[str, str], header: Header,
 
     `memory` is the machine's in bytes, of which an archive without a limit takes a quarter.
     """
-    flags = _Flags(command, environ)
+    flags = Flags(command, environ)
     slots = flags.number("-np", "--parallel", env="PARALLEL")
     auto = slots is None or slots < 1
     batch = flags.number("-b", "--batch-size", env="BATCH") or 2048
@@ -263,17 +264,19 @@ def _padded(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-class _Flags:
+class Flags:
     """A child's flags, and its environment where llama-server looks when a flag is not there."""
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> None:
         self._command = command
         self._environ = environ
 
     def has(self, *names: str) -> bool:
+        """Tell whether one of these flags is there."""
         return any(arg in names for arg in self._command)
 
     def text(self, *names: str, env: str = "") -> str | None:
+        """Return the last value of these flags, else of the variable `LLAMA_ARG_<env>`; None when there is neither."""
         found = self._environ.get(f"LLAMA_ARG_{env}") if env else None
         for flag, value in zip(self._command, self._command[1:], strict=False):
             if flag in names:
@@ -281,6 +284,7 @@ class _Flags:
         return found
 
     def number(self, *names: str, env: str = "") -> int | None:
+        """Return the same as a number, None when it is none."""
         try:
             return int(self.text(*names, env=env) or "")
         except ValueError:

@@ -445,7 +445,7 @@ class Fleet:
         self._size(model_id)
         words = command + self.launch.cache_bound(model, self.scheduler.limits)
         child = Child(model_id, words, socket, self.log_of(model_id), plan.stop_seconds(self.config, model))
-        child.planned = command
+        child.planned, child.slots = command, slots
         if slots is not None and (key := self.launch.slots_key(child, model)) is not None:
             child.kept = self.slots.expect(model, key)
         self.children[model_id] = child

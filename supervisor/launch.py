@@ -85,9 +85,7 @@ class Launch:
 
     def again(self, child: Child, model: Model) -> list[str]:
         """Return what would start `child` now, with its own llama-server and folders. Raises `StartFailed`."""
-        whose = plan.override_for(self.config, model).args
-        slots = plan.slot_folder(child.command) if plan.SLOT_PATH not in whose else None  # that one is not ours
-        return self._planned(Path(child.command[0]), model, child.socket, self._memory_folder(model), slots)
+        return self._planned(Path(child.command[0]), model, child.socket, self._memory_folder(model), child.slots)
 
     def differs(self, child: Child, model: Model) -> bool:
         """Whether a child for `model` would be started in another way now."""

@@ -188,6 +188,18 @@ _COUNTERS: tuple[tuple[str, str, _Value], ...] = (
     ("model_start_failures", "Children that did not become ready.", lambda entry: entry.start_failures),
     ("model_restarts", "Children that died after they were ready.", lambda entry: entry.restarts),
 )
+_BY_REASON: tuple[tuple[str, str, dict[str, _Value]], ...] = (
+    (
+        "queue_refusals",
+        "Requests refused as the queue was full (full), or as they had waited for too long (timeout).",
+        {"full": lambda entry: entry.turned_away, "timeout": lambda entry: entry.timed_out},
+    ),
+    (
+        "evictions",
+        "Children stopped because they were idle for long (idle), or to make room for another model (room).",
+        {"room": lambda entry: entry.made_room, "idle": lambda entry: entry.idled_out},
+    ),
+)
 
 
 class FleetCollector(Collector):
@@ -210,8 +222,7 @@ class FleetCollector(Collector):
                     family.add_metric([entry.model], value(entry))
                 yield family
         yield self._queue_ages()
-        yield self._refusals()
-        yield self._evictions()
+        yield from self._by_reason()
         yield self._states()
         memory = GaugeMetricFamily(PREFIX + "model_memory_bytes", "Resident memory of a child.", labels=_BY_MODEL)
         for model, child in self._fleet.children.items():
@@ -241,21 +252,13 @@ class FleetCollector(Collector):
             family.add_metric([model], age)
         return family
 
-    def _refusals(self) -> Metric:
-        told = "Requests refused as the queue was full (full), or as they had waited for too long (timeout)."
-        family = CounterMetricFamily(PREFIX + "queue_refusals", told, labels=["model", "reason"])
-        for entry in self._fleet.scheduler.entries.values():
-            family.add_metric([entry.model, "full"], entry.turned_away)
-            family.add_metric([entry.model, "timeout"], entry.timed_out)
-        return family
-
-    def _evictions(self) -> Metric:
-        told = "Children stopped because they were idle for long (idle), or to make room for another model (room)."
-        family = CounterMetricFamily(PREFIX + "evictions", told, labels=["model", "reason"])
-        for entry in self._fleet.scheduler.entries.values():
-            family.add_metric([entry.model, "room"], entry.made_room)
-            family.add_metric([entry.model, "idle"], entry.idled_out)
-        return family
+    def _by_reason(self) -> Iterator[Metric]:
+        for name, told, reasons in _BY_REASON:
+            family = CounterMetricFamily(PREFIX + name, told, labels=["model", "reason"])
+            for entry in self._fleet.scheduler.entries.values():
+                for reason, value in reasons.items():
+                    family.add_metric([entry.model, reason], value(entry))
+            yield family
 
     def _states(self) -> Metric:
         labels = ["model", "state"]

@@ -166,11 +166,6 @@ def atlas_flags(atlas: AtlasSection, folder: Path | None = None) -> list[str]:
 SLOT_PATH = "--slot-save-path"
 
 
-def slot_folder(command: list[str]) -> Path | None:
-    """Return the folder for the prompts of its slots with which a child was started."""
-    return Path(command[command.index(SLOT_PATH) + 1]) if SLOT_PATH in command[:-1] else None
-
-
 def with_parameters(config: Config, model: str, parameters: PerformanceSection | None) -> Config:
     """Return the settings with what was asked for when `model` was loaded; the model's own `args` still win."""
     if parameters is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
+from supervisor.estimate import Flags
 from supervisor.models.gguf import Header
 
 LEAST_CONTEXT = 512
@@ -31,9 +31,6 @@ def ran_out(code: int | None, lines: Iterable[str]) -> bool:
 
 def smaller_context(command: Sequence[str], header: Header | None) -> int | None:
     """Return half of the context that a child had, None when that is too little."""
-    context = header.context_length if header else None
-    for flag, value in pairwise(command):
-        if flag in ("-c", "--ctx-size") and value.isdecimal() and int(value):
-            context = int(value)
-    half = (context or 0) // 2
+    whole = Flags(command).number("-c", "--ctx-size") or (header.context_length if header else None) or 0
+    half = whole // 2
     return half if half >= LEAST_CONTEXT else None

@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ import psutil
 
 from supervisor.budget import budget_of, machine_memory
 from supervisor.config import Config
-from supervisor.estimate import MIB, Estimate, Shape, estimate, shape_of
+from supervisor.estimate import MIB, Estimate, Flags, Shape, estimate, shape_of
 from supervisor.gpu import Gpus, split
 from supervisor.models.model_files import Model
 from supervisor.residency import RAM, Memory
@@ -203,11 +202,8 @@ def estimate_of(model: Model, command: Sequence[str], environ: Mapping[str, str]
 
 def gpu_layers(command: Sequence[str]) -> int | None:
     """Return how many layers a command line sends to GPUs; None: as many as fit."""
-    found = None
-    for flag, value in pairwise(command):
-        if flag in ("-ngl", "--gpu-layers", "--n-gpu-layers"):
-            found = value
-    return int(found) if found is not None and found.isdecimal() else None
+    found = Flags(command).number("-ngl", "--gpu-layers", "--n-gpu-layers")
+    return found if found is not None and found >= 0 else None
 
 
 def key_of(model: Model, command: Sequence[str], environ: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from supervisor import __version__
 from supervisor.config import KarenSection, PerformanceSection
-from supervisor.routes.gate import needs
+from supervisor.routes.gate import Need, needs
 
 PATH: Final = "/api/v1/openapi.json"
 
@@ -97,10 +97,11 @@ OPERATIONS: Final[dict[str, Operation]] = {
 def document(app: web.Application) -> Json:
     """Return the document; the summaries are the first lines of the handlers' docstrings."""
     paths: dict[str, Json] = {}
+    by_name = needs()
     for method, path, handler in _routes(app):
-        operation = OPERATIONS.get(f"{method} {path}")
-        if operation is not None:
-            paths.setdefault(path, {})[method.lower()] = _describe(f"{method} {path}", operation, handler)
+        name = f"{method} {path}"
+        if (operation := OPERATIONS.get(name)) is not None:
+            paths.setdefault(path, {})[method.lower()] = _describe(name, operation, by_name[name], handler)
     return {
         "openapi": "3.1.0",
         "info": {"title": "llama-supervisor", "version": __version__},
@@ -118,9 +119,8 @@ def _routes(app: web.Application) -> Iterator[tuple[str, str, Any]]:
             yield route.method, re.sub(r"\{(\w+):[^}]+\}", r"{\1}", route.resource.canonical), route.handler
 
 
-def _describe(name: str, operation: Operation, handler: Any) -> Json:
+def _describe(name: str, operation: Operation, need: Need, handler: Any) -> Json:
     summary = (handler.__doc__ or "").strip().partition("\n")[0].partition(": ")[2]
-    need = needs()[name]
     parameters = [
         {"name": found, "in": "path", "required": True, "schema": _NAME} for found in re.findall(r"\{(\w+)\}", name)
     ]

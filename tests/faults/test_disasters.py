@@ -19,14 +19,19 @@ from test_life import STORY, begin_stream, child_pid, kill_when_busy, until
 LONG = "The quick brown fox jumps over the lazy dog. " * 100
 
 
-async def test_a_child_that_is_killed_while_it_loads(start, smollm2):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGKILL, "SIGKILL"), (signal.SIGSTOP, "stopped (SIGSTOP)")],
+    ids=["SIGKILL", "SIGSTOP"],
+)
+async def test_a_child_that_is_lost_while_it_loads_is_given_up(start, smollm2, number, words):
     running = await start({"a": smollm2})
     answer = asyncio.create_task(running.chat("a", max_tokens=1))
     await until(lambda: "a" in running.supervisor.fleet.children and child_pid(running, "a"))
-    os.kill(child_pid(running, "a"), signal.SIGKILL)
+    os.kill(child_pid(running, "a"), number)
     status, body = await answer
     assert (status, body["error"]["code"]) == (503, "model_start_failed")
-    assert "SIGKILL" in body["error"]["message"]
+    assert words in body["error"]["message"]
     assert (await running.json("POST", "/models/load", {"model": "a"}))[0] == 200  # does not wait for the pause
     assert (await running.chat("a", max_tokens=1))[0] == 200
 

@@ -18,6 +18,14 @@
 // set by SIGUSR1: save what has changed
 static volatile sig_atomic_t save_wanted = 0;
 
+// the frames of a file pass through many threads: with a fixed threshold each has pages of its own, else glibc raises
+// it to the largest buffer that was freed, and they end up all over the heaps
+static void keep_apart() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 128*1024);
+#endif
+}
+
 void server_atlas::init(llama_context * ctx, const common_params & params, int32_t n_slots, std::function<void()> wake) {
     stop();
     this->ctx  = ctx;
@@ -30,6 +38,7 @@ void server_atlas::init(llama_context * ctx, const common_params & params, int32
     if (!llama_atlas_enabled(ctx) || atlas.memory_dir.empty()) {
         return;
     }
+    keep_apart();
     store = std::make_unique<common_atlas_store>(ctx, atlas.memory_dir, atlas.n_backup, atlas.level, atlas.limits);
     if (atlas.persist) {
         name_persist = atlas.memory_file;
@@ -64,7 +73,7 @@ void server_atlas::stop() {
     t_due = 0;
 }
 
-// the frames of a file pass through many threads and leave holes in the heap: without this, it grows
+// what they leave behind all the same goes back to the system: without this, the heaps grow
 static void give_back() {
 #ifdef __GLIBC__
     malloc_trim(0);

@@ -24,11 +24,12 @@ from supervisor.models.catalog import Catalog, Change
 from supervisor.relay import error_response
 from supervisor.routes import admin, atlas, gate, karen, models, openapi, streams
 from supervisor.routes import native as native_routes
-from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, SWITCHES, URLS, Switches
+from supervisor.routes.keys import ACCESS, CATALOG, CONVERSATIONS, FLEET, SWITCHES, TURNS, URLS, Switches
 from supervisor.runtime import Runtime
 from supervisor.settings import Settings
 from supervisor.setup import native
 from supervisor.setup.fetch import SetupError
+from supervisor.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def make_app(live: Live, catalog: Catalog, fleet: Fleet, access: Access) -> web.
     app[CATALOG], app[FLEET], app[LIVE] = catalog, fleet, live
     app[METRICS] = fleet.metrics
     app[CONVERSATIONS] = OrderedDict()
+    app[TURNS] = Turns()
     native_routes.add(app)
     atlas.add(app)
     streams.add(app)

@@ -19,7 +19,18 @@ from pathlib import Path
 
 from atlas_common import add_tool, corpus, evaluate, place, progress, steps, tool_of
 from atlas_server import MemoryServer, workplace
-from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of, supervisor
+from common import (
+    BenchError,
+    Json,
+    machine_state,
+    model_file,
+    parser,
+    print_machine,
+    run_main,
+    server_of,
+    supervisor,
+    wait_for,
+)
 
 NLL, MEMORY = 0.01, 0.15
 KINDS = ("-ctk f16 -ctv f16 -fa on", "-ctk f16 -ctv f16 -fa off", "-ctk q8_0 -ctv q8_0 -fa on", "-np 3")
@@ -135,10 +146,14 @@ def _agree(one: list[int], other: list[int]) -> int:
 def _memory(server: Path, model: Path, context: int) -> Json:
     own = {"models": {"overrides": {"m": {"context_size": context}}}}
     with supervisor({"m": model}, server, own) as running:
-        running.call("POST", "/completion", {"model": "m", "prompt": list(range(1000, 1600)), "n_predict": 4})
-        running.unload("m")
-        told = next(one for one in running.call("GET", "/api/v1/status")["models"] if one["id"] == "m")["memory"]
-    return {"context": context, "predicted": told["predicted_bytes"], "measured": told["measured_bytes"]}
+
+        def told() -> Json:
+            return next(one for one in running.call("GET", "/api/v1/status")["models"] if one["id"] == "m")["memory"]
+
+        running.call("POST", "/completion", {"model": "m", "prompt": "A word. " * 200, "n_predict": 4})
+        wait_for(lambda: told()["measured_bytes"], 10, lambda: "the child's memory is not measured")
+        memory = told()
+    return {"context": context, "predicted": memory["predicted_bytes"], "measured": memory["measured_bytes"]}
 
 
 def _met(found: Json) -> dict[str, bool]:

@@ -12,6 +12,7 @@ from supervisor.access import Access
 from supervisor.config import KarenSection
 from supervisor.fleet import Fleet
 from supervisor.models.catalog import Catalog
+from supervisor.turns import Turns
 
 
 class Conversation(NamedTuple):
@@ -32,5 +33,6 @@ ACCESS = web.AppKey("access", Access)
 CATALOG = web.AppKey("catalog", Catalog)
 FLEET = web.AppKey("fleet", Fleet)
 SWITCHES = web.AppKey("switches", Switches)
+TURNS = web.AppKey("turns", Turns)
 CONVERSATIONS: web.AppKey[OrderedDict[str, Conversation]] = web.AppKey("conversations", OrderedDict)
 URLS: web.AppKey[list[str]] = web.AppKey("urls", list)

@@ -16,7 +16,7 @@ from supervisor.errors import BadRequest, ChildDied, NotSupported, SupervisorErr
 from supervisor.models.catalog import Model
 from supervisor.plan import SLOT_PATH, override_for
 from supervisor.relay import relay
-from supervisor.routes.keys import CATALOG, FLEET
+from supervisor.routes.keys import CATALOG, FLEET, TURNS
 from supervisor.routes.priority import priority_of
 from supervisor.routes.streams import remember
 from supervisor.routes.wrap import body_of, guarded
@@ -180,6 +180,7 @@ def find_model(request: web.Request, body: bytes) -> Model:
 async def pass_through(request: web.Request) -> web.StreamResponse:
     """Relay a request to the child of its model, starting that if need be."""
     app = request.app
+    await app[TURNS].enter()
     body = await body_of(request) if request.body_exists else b""
     fleet = app[FLEET]
     model = find_model(request, body)

@@ -146,7 +146,8 @@ class MemoryServer:
     def complete(self, prompt: str | list[int], tokens: int = 1, **atlas: Any) -> tuple[int, Json]:
         """Ask for `tokens` greedy tokens, with the fields of the `atlas` object."""
         body: Json = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
-        return self.ask("POST", "/completion", body | {"return_tokens": True} | ({"atlas": atlas} if atlas else {}))
+        body |= {"return_tokens": True} | ({"atlas": atlas} if atlas else {})
+        return self.ask("POST", "/completion", body, timeout=3600)  # a prompt may be long and the machine slow
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of `text`, without the BOS."""

@@ -64,3 +64,14 @@ def test_a_session_can_be_saved_again_at_once(running: MemoryServer) -> None:
         atlas_files.save(running, "book")
         saved = running.want(running.complete([70], 1, memory_file="book", append=True))["atlas"]["saved"]
         assert "bytes" in saved, saved
+
+
+def test_a_file_is_good_wherever_the_layers_are(native_server: Path, gemma3: Path) -> None:
+    """Repacked weights have a buffer of their own, as those on a GPU have, and so come in another order."""
+    words = ["-c", "512", "-np", "1", "-t", "1"]
+    with workplace() as folder:
+        with MemoryServer(native_server, gemma3, folder, *words, "--no-repack") as running:
+            running.want(running.complete(PROMPT, 1, memory_file="book"))
+        with MemoryServer(native_server, gemma3, folder, *words) as running:
+            answer = running.want(running.complete([70], 1, memory_file="book", save_memory=False))
+    assert answer["tokens_evaluated"] > len(PROMPT) > 10 > answer["timings"]["prompt_n"]

@@ -17,6 +17,7 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 
 // the state of a sequence: the same code writes it and reads it, so that both agree
@@ -473,8 +474,11 @@ uint64_t llama_atlas::model_hash() const {
     for (uint32_t i = 0; i < model.vocab.n_tokens(); ++i) {
         add_string(model.vocab.token_get_text(i));
     }
+    // their order, and whether tied embeddings are there twice, depends on where the layers are: a file written on a
+    // GPU must be good for the CPU
+    const std::map<std::string, const ggml_tensor *> tensors(model.tensors_by_name.begin(), model.tensors_by_name.end());
     std::vector<uint8_t> data;
-    for (const auto & [name, tensor] : model.tensors_by_name) {
+    for (const auto & [name, tensor] : tensors) {
         add_string(name);
         add(&tensor->type, sizeof(tensor->type));
         add(tensor->ne, sizeof(tensor->ne));

@@ -29,6 +29,7 @@ from supervisor.runtime import Runtime
 from supervisor.settings import Settings
 from supervisor.setup import native
 from supervisor.setup.fetch import SetupError
+from supervisor.tls import Tls
 from supervisor.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Supervisor:
         self.switches = Switches(config.karen)
         self.runtime = Runtime(config.server.runtime_dir)
         self.access = Access(config.api)
+        self.tls = Tls(config.server)
         self.catalog = Catalog(config.models, self._on_change)
         self.fleet = Fleet(
             config,
@@ -116,9 +118,10 @@ class Supervisor:
     async def startup(self) -> None:
         """Listen first, so that a port in use is found at once; then look for models and preload.
 
-        Raises `KeysFileError`, `RuntimeFolderError` and `OSError` when it cannot.
+        Raises `KeysFileError`, `CertificateError`, `RuntimeFolderError` and `OSError` when it cannot.
         """
         self.access.start()
+        self.tls.start()
         self.runtime.open()
         await self.fleet.slots.open()
         app = make_app(self.live, self.catalog, self.fleet, self.access)
@@ -139,13 +142,16 @@ class Supervisor:
             await asyncio.sleep(min(self.config.models.settle_seconds, MAX_SETTLE))
             await self.catalog.rescan()
         for host in self.config.server.host.split(","):
-            site = web.TCPSite(self._runner, host.strip(), self.config.server.port, backlog=1024)
+            port, context = self.config.server.port, self.tls.context
+            site = web.TCPSite(self._runner, host.strip(), port, backlog=1024, ssl_context=context)
             await site.start()
             self._sites.append(site)
         self.access.follow()
+        self.tls.follow()
         self.live.follow()
         self.fleet.binary_version = await asyncio.to_thread(self._binary_version)
-        self.urls += [url_of(address) for address in self._runner.addresses]
+        secure = self.tls.context is not None
+        self.urls += [url_of(address, secure=secure) for address in self._runner.addresses]
         for name in self.config.models.preload:
             try:
                 self.fleet.load(self.catalog.resolve(name).id)
@@ -163,6 +169,7 @@ class Supervisor:
         await self.live.stop()
         await self.catalog.stop()
         await self.access.stop()
+        await self.tls.stop()
         self.runtime.close()
 
     def _binary_version(self) -> native.ServerVersion | None:
@@ -200,10 +207,10 @@ class Supervisor:
         self.fleet.apply_change(change)
 
 
-def url_of(address: tuple[Any, ...]) -> str:
+def url_of(address: tuple[Any, ...], *, secure: bool = False) -> str:
     """Return the URL of a socket's address, as `getsockname` gives it."""
     host, port = address[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http{'s' * secure}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def log_folder(config: Config) -> Path | None:

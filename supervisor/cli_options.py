@@ -52,10 +52,15 @@ def client(url: str | None, config: Path | None) -> Client:
     """Return the client of the supervisor at `url`, or at the address in the configuration."""
     from supervisor.client import Client  # noqa: PLC0415 (only commands that ask need it)
 
-    return Client(url or _configured_url(config), os.environ.get(KEY_VARIABLE))
+    key = os.environ.get(KEY_VARIABLE)
+    if url is not None:
+        return Client(url, key)
+    url, cert = _configured_url(config)
+    return Client(url, key, cert)
 
 
-def _configured_url(config: Path | None) -> str:
+def _configured_url(config: Path | None) -> tuple[str, Path | None]:
+    """Return the address, and the certificate if it is for HTTPS."""
     from supervisor.settings import load  # noqa: PLC0415 (pydantic is slow to import)
 
     server = load(config).config.server
@@ -63,4 +68,5 @@ def _configured_url(config: Path | None) -> str:
         raise click.UsageError("server.port is 0, chosen at start: name the supervisor's address with --url")
     host = server.host.split(",")[0].strip()
     host = EVERY_ADDRESS.get(host, host).strip("[]")
-    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+    scheme = "http" if server.tls_cert is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}", server.tls_cert

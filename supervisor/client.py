@@ -9,6 +9,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -58,7 +59,9 @@ class Client:
     Raises NoSupervisor when nothing answers as a supervisor does, and ApiError for its refusals.
     """
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, cert: Path | None = None) -> None:
+        """`cert`: the certificate that a supervisor on this machine serves, to trust that."""
+        self._cert = cert
         self._key = key.strip() if key else None
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -139,8 +142,7 @@ class Client:
         self, method: str, path: str, body: Json | None
     ) -> Iterator[tuple[http.client.HTTPConnection, http.client.HTTPResponse]]:
         """Send a request; the answer's body is still to be read."""
-        kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=CONNECT_SECONDS)
+        connection = self._connection()
         headers = {"User-Agent": f"llama-supervisor/{__version__}", "Accept": "*/*"}
         content = None
         if self._key:
@@ -163,6 +165,14 @@ class Client:
             if response.status >= 400:
                 raise self._refusal(path, response)
             yield connection, response
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if not self._tls:
+            return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_SECONDS)
+        from supervisor.tls import client_context  # noqa: PLC0415 (pydantic is slow to import)
+
+        context = client_context(self._cert) if self._cert is not None else None
+        return http.client.HTTPSConnection(self._host, self._port, timeout=CONNECT_SECONDS, context=context)
 
     def _refusal(self, path: str, response: http.client.HTTPResponse) -> SupervisorError:
         """Return the error that a refusal means; answers that are not in our form come from something else.

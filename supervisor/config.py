@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from supervisor import budget
 
@@ -30,6 +30,8 @@ class ServerSection(Section):
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; several with commas.")
     port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 lets the system choose one.")
+    tls_cert: Path | None = Field(None, description="Certificate chain (PEM): the front speaks HTTPS with it.")
+    tls_key: Path | None = Field(None, description="Its key (PEM, no password); default: in the same file.")
     drain_seconds: Seconds = Field(30, description="On SIGTERM, how long running answers may go on.")
     stop_seconds: Seconds = Field(5, description="How long a child may take to exit after SIGTERM before SIGKILL.")
     memory_budget: int | str = Field(
@@ -42,6 +44,12 @@ class ServerSection(Section):
     runtime_dir: Path | None = Field(
         None, description="Folder for sockets and locks (made 0700); default: the user's runtime folder."
     )
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Self:
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ValueError("tls_key is the key of a certificate: tls_cert must name that")
+        return self
 
     @field_validator("memory_budget")
     @classmethod

@@ -24,6 +24,8 @@ POLL_SECONDS = 0.5
 FIXED: Final = (
     ("server", "host"),
     ("server", "port"),
+    ("server", "tls_cert"),
+    ("server", "tls_key"),
     ("server", "runtime_dir"),
     ("models", "slot_cache_directory"),
     ("api", "keys_file"),

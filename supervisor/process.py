@@ -156,7 +156,8 @@ def announce(one: Supervisor) -> None:
     noun = "model" if count == 1 else "models"
     log.info("%d %s in %s; the default is %s", count, noun, one.config.models.directory, model)
     body = '{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}'
-    print(f"\nTry it:\n  curl -N {one.urls[0]}/v1/chat/completions -d '{body}'\n", flush=True)
+    trust = f" --cacert {one.config.server.tls_cert}" if one.tls.context is not None else ""
+    print(f"\nTry it:\n  curl -N{trust} {one.urls[0]}/v1/chat/completions -d '{body}'\n", flush=True)
 
 
 def is_loopback(url: str) -> bool:

@@ -23,6 +23,7 @@ from supervisor.events import Events
 from supervisor.launch import Launch
 from supervisor.metrics import FleetCollector, Metrics, ModelSeries
 from supervisor.models.catalog import Catalog, Change, Model
+from supervisor.page_cache import ReadAhead
 from supervisor.residency import excess, excess_error
 from supervisor.runtime import Runtime
 from supervisor.scheduler import Decision, Grant, Refuse, Scheduler, Start, Stop
@@ -94,6 +95,7 @@ class Fleet:
         self.metrics = Metrics()
         self.metrics.registry.register(FleetCollector(self))
         self.slots = SlotCache(config, self.metrics)
+        self._read_ahead = ReadAhead()
         self.binary_version: native.ServerVersion | None = None
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
@@ -133,6 +135,8 @@ class Fleet:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
         self._apply(decisions)
+        if not future.done() and self.scheduler.entry(model).state is State.ABSENT:  # there is no room yet
+            self._read_files(model)
         try:
             if not future.done():
                 await future
@@ -145,6 +149,10 @@ class Fleet:
         finally:
             self._waiting.pop(ticket, None)
         return self._lease(ticket, model, asked_at)
+
+    def _read_files(self, model: str) -> None:
+        if (found := self.catalog.models.get(model)) is not None:
+            self._spawn(self._read_ahead.model(found), _name("read the files of", model))
 
     def _lease(self, ticket: int, model: str, asked_at: float) -> Lease:
         child = self.children.get(model)

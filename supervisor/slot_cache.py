@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from supervisor import plan
 from supervisor.config import Config, ModelOverride
 from supervisor.models.catalog import Model
+from supervisor.page_cache import will_need
 from supervisor.slot_store import Saved, SlotStore
 from supervisor.upstream import UpstreamClosed
 
@@ -134,7 +135,7 @@ class SlotCache:
         """Bring what may be restored into the page cache while `child` loads."""
         for saved in child.kept.found if child.kept is not None else ():
             with suppress(OSError):
-                await asyncio.to_thread(_will_need, saved.path)
+                await asyncio.to_thread(will_need, saved.path)
 
     async def restore(self, child: Child, load_seconds: float, *, awaited: bool) -> None:
         """Give a child that has loaded what others had in their slots; if it is `awaited`, only what takes no time."""
@@ -283,13 +284,3 @@ async def _act(child: Child, action: str, slot: int, path: Path) -> dict[str, An
     if status != HTTPStatus.OK:
         raise ValueError(answer.get("error", {}).get("message", f"status {status}"))
     return answer
-
-
-def _will_need(path: Path) -> None:
-    if not hasattr(os, "posix_fadvise"):  # macOS
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(descriptor)

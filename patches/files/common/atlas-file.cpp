@@ -60,22 +60,31 @@ void atlas_write_le(uint8_t * p, uint64_t x, int n) {
 }
 
 // bytes with the same place in their elements come together, which compresses better
-static std::vector<uint8_t> shuffle(const std::vector<uint8_t> & src, size_t stride, bool back) {
+static void shuffle(std::vector<uint8_t> & data, std::vector<uint8_t> & tmp, size_t stride, bool back) {
     if (stride < 2) {
-        return src;
+        return;
     }
-    std::vector<uint8_t> res(src.size());
-    const size_t n = src.size()/stride;
+    tmp.resize(data.size());
+    const size_t n = data.size()/stride;
     for (size_t j = 0; j < stride; ++j) {
         for (size_t i = 0; i < n; ++i) {
             if (back) {
-                res[i*stride + j] = src[j*n + i];
+                tmp[i*stride + j] = data[j*n + i];
             } else {
-                res[j*n + i] = src[i*stride + j];
+                tmp[j*n + i] = data[i*stride + j];
             }
         }
     }
-    std::copy(src.begin() + n*stride, src.end(), res.begin() + n*stride);
+    std::copy(data.begin() + n*stride, data.end(), tmp.begin() + n*stride);
+    data.swap(tmp);
+}
+
+atlas_work atlas_work::from(std::vector<atlas_work> & idle) {
+    atlas_work res;
+    if (!idle.empty()) {
+        res = std::move(idle.back());
+        idle.pop_back();
+    }
     return res;
 }
 
@@ -170,39 +179,45 @@ json atlas_writer::finish(json header) {
     return result;
 }
 
-atlas_writer::result atlas_writer::pack(atlas_frame frame, std::vector<uint8_t> raw, int32_t level) {
-    frame.raw = raw.size();
-    raw = shuffle(raw, frame.stride, false);
+atlas_work atlas_writer::pack(atlas_work work, int32_t level) {
+    atlas_frame & frame = work.frame;
+    frame.raw = work.data.size();
+    shuffle(work.data, work.tmp, frame.stride, false);
 
     std::unique_ptr<ZSTD_CCtx, size_t (*)(ZSTD_CCtx *)> cctx(ZSTD_createCCtx(), ZSTD_freeCCtx);
-    std::vector<uint8_t> stored(ZSTD_compressBound(raw.size()));
+    work.tmp.resize(ZSTD_compressBound(work.data.size()));
     ZSTD_CCtx_setParameter(cctx.get(), ZSTD_c_compressionLevel, level);
     ZSTD_CCtx_setParameter(cctx.get(), ZSTD_c_checksumFlag, 1);
-    const size_t n = ZSTD_compress2(cctx.get(), stored.data(), stored.size(), raw.data(), raw.size());
+    const size_t n = ZSTD_compress2(cctx.get(), work.tmp.data(), work.tmp.size(), work.data.data(), work.data.size());
     if (ZSTD_isError(n)) {
         throw common_atlas_error(500, std::string("cannot compress: ") + ZSTD_getErrorName(n));
     }
-    stored.resize(n);
+    work.tmp.resize(n);
+    work.data.swap(work.tmp);
     frame.stored = n;
-    frame.hash   = XXH64(stored.data(), n, 0);
-    return { std::move(frame), std::move(stored) };
+    frame.hash   = XXH64(work.data.data(), n, 0);
+    return work;
 }
 
 void atlas_writer::drain(size_t n_left) {
     while (pending.size() > n_left) {
-        result res = pending.front().get();
+        atlas_work work = pending.front().get();
         pending.pop_front();
-        if (fwrite(res.second.data(), 1, res.second.size(), f.get()) != res.second.size()) {
+        if (fwrite(work.data.data(), 1, work.data.size(), f.get()) != work.data.size()) {
             throw common_atlas_error(500, std::string("cannot write the memory file: ") + strerror(errno));
         }
-        frames.push_back(std::move(res.first));
+        frames.push_back(work.frame);
+        idle.push_back(std::move(work));
     }
 }
 
 void atlas_writer::flush() {
     if (!data.empty()) {
-        pending.push_back(std::async(std::launch::async, pack, cur, std::move(data), level));
-        data = {};
+        atlas_work work = atlas_work::from(idle);
+        work.frame = cur;
+        work.data.swap(data);
+        pending.push_back(std::async(std::launch::async, pack, std::move(work), level));
+        data.clear();
         drain(n_workers());
     }
 }
@@ -373,28 +388,33 @@ int64_t atlas_reader::number(const json & x, int64_t max, int64_t min) {
     return res;
 }
 
-std::vector<uint8_t> atlas_reader::unpack(const atlas_frame & frame, std::vector<uint8_t> stored) {
-    if (XXH64(stored.data(), stored.size(), 0) != frame.hash) {
+atlas_work atlas_reader::unpack(atlas_work work) {
+    const atlas_frame & frame = work.frame;
+    if (XXH64(work.data.data(), work.data.size(), 0) != frame.hash) {
         throw atlas_corrupt("the checksum of a frame is wrong");
     }
-    if (ZSTD_getFrameContentSize(stored.data(), stored.size()) != frame.raw) {
+    if (ZSTD_getFrameContentSize(work.data.data(), work.data.size()) != frame.raw) {
         throw atlas_corrupt("a frame has another size than the header says");
     }
-    std::vector<uint8_t> raw(frame.raw);
-    const size_t n = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
-    if (ZSTD_isError(n) || n != raw.size()) {
+    work.tmp.resize(frame.raw);
+    const size_t n = ZSTD_decompress(work.tmp.data(), work.tmp.size(), work.data.data(), work.data.size());
+    if (ZSTD_isError(n) || n != work.tmp.size()) {
         throw atlas_corrupt(std::string("a frame cannot be decompressed: ") + (ZSTD_isError(n) ? ZSTD_getErrorName(n) : "it is too short"));
     }
-    return shuffle(raw, frame.stride, true);
+    work.data.swap(work.tmp);
+    shuffle(work.data, work.tmp, frame.stride, true);
+    return work;
 }
 
 void atlas_reader::read_ahead() {
     while (next < frames.size() && pending.size() < n_workers()) {
-        std::vector<uint8_t> stored(frames[next].stored);
-        if (!get(stored.data(), stored.size())) {
+        atlas_work work = atlas_work::from(idle);
+        work.frame = frames[next];
+        work.data.resize(frames[next].stored);
+        if (!get(work.data.data(), work.data.size())) {
             throw atlas_corrupt("the file ends too early");
         }
-        pending.push_back(std::async(std::launch::async, unpack, frames[next], std::move(stored)));
+        pending.push_back(std::async(std::launch::async, unpack, std::move(work)));
         next++;
     }
 }
@@ -412,21 +432,22 @@ void atlas_reader::advance(const atlas_frame & kind) {
         throw atlas_corrupt("the frames are out of order");
     }
     cur  = frames[n_done++];
-    data = pending.front().get();
+    idle.push_back(std::move(now));
+    now  = pending.front().get();
     used = 0;
     pending.pop_front();
 }
 
 void atlas_reader::take(const atlas_frame & kind, void * dst, size_t size) {
     for (size_t i = 0; i < size; ) {
-        if (used == data.size()) {
+        if (used == now.data.size()) {
             advance(kind);
         }
         if (!cur.same_kind(kind)) {
             throw atlas_corrupt("the frames are out of order");
         }
-        const size_t n = std::min(size - i, data.size() - used);
-        memcpy((uint8_t *) dst + i, data.data() + used, n);
+        const size_t n = std::min(size - i, now.data.size() - used);
+        memcpy((uint8_t *) dst + i, now.data.data() + used, n);
         used += n;
         i    += n;
     }

@@ -58,6 +58,16 @@ struct atlas_frame {
     }
 };
 
+// a frame on its way: its bytes before and after, and room for those between. It is used again and again, for new
+// buffers for each frame cost more than its compression where pages are slow
+struct atlas_work {
+    atlas_frame frame;
+    std::vector<uint8_t> data, tmp;
+
+    // the last one that has nothing to do, or a new one
+    static atlas_work from(std::vector<atlas_work> & idle);
+};
+
 // compresses frames in other threads, and writes them in their order; these throw common_atlas_error
 class atlas_writer {
 public:
@@ -84,10 +94,10 @@ private:
     atlas_frame cur;
     std::vector<uint8_t> data;
 
-    using result = std::pair<atlas_frame, std::vector<uint8_t>>;
-    std::deque<std::future<result>> pending;
+    std::deque<std::future<atlas_work>> pending;
+    std::vector<atlas_work> idle;
 
-    static result pack(atlas_frame frame, std::vector<uint8_t> raw, int32_t level);
+    static atlas_work pack(atlas_work work, int32_t level);
     void drain(size_t n_left);
     void flush();
 };
@@ -108,7 +118,7 @@ public:
 
     // have the next frames at hand
     void prefetch();
-    bool at_end() const { return used == data.size() && n_done == frames.size(); }
+    bool at_end() const { return used == now.data.size() && n_done == frames.size(); }
 
     // llama_atlas_state_io; `error` says why it returned false
     static bool io(void * user, llama_atlas_part part, int32_t layer, size_t stride, void * dst, size_t size);
@@ -123,15 +133,16 @@ private:
     std::vector<atlas_frame> frames;
 
     size_t next = 0; // frame to be read from the file
-    std::deque<std::future<std::vector<uint8_t>>> pending;
+    std::deque<std::future<atlas_work>> pending;
+    std::vector<atlas_work> idle;
 
     atlas_frame cur;
-    std::vector<uint8_t> data;
+    atlas_work now; // what is taken: its `data`
     size_t used   = 0;
     size_t n_done = 0;
 
     bool get(void * dst, size_t size) { return fread(dst, 1, size, f.get()) == size; }
-    static std::vector<uint8_t> unpack(const atlas_frame & frame, std::vector<uint8_t> stored);
+    static atlas_work unpack(atlas_work work);
     void read_ahead();
     void advance(const atlas_frame & kind);
 };

@@ -176,7 +176,8 @@ def cycle(running: MemoryServer, name: str, count: int, every: int = 50) -> list
         save(running, name)
         load(running, name)
         if number % every == 0:
-            seen.append({"cycles": number, "rss": process.memory_info().rss, "files": _open_files(process)})
+            files = _open_files(process)  # takes the moment in which buffers are given back
+            seen.append({"cycles": number, "rss": process.memory_info().rss, "files": files})
     progress("")
     return seen
 

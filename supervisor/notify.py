@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 STATUS_SECONDS: Final = 10.0
 """Pause between two reports where no watchdog asks for more."""
 
+ROOM_SECONDS: Final = 2.0
+"""How long a change of state waits while the manager's queue is full; reports come again and do not wait."""
+
 
 class Notifier:
     """Tells the service manager, if there is one. Its variables are taken out of the environment: no child needs them.
@@ -38,11 +41,13 @@ class Notifier:
 
     def ready(self, status: str) -> None:
         """The start, or a reload, is done."""
-        self._send("READY=1", f"STATUS={status}")
+        self._send("READY=1", f"STATUS={status}", wait=ROOM_SECONDS)
 
     def reloading(self) -> None:
         """A reload begins; `ready` ends it."""
-        self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", "STATUS=reloading")
+        self._send(
+            "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", "STATUS=reloading", wait=ROOM_SECONDS
+        )
 
     def alive(self, status: str) -> None:
         """All is well."""
@@ -54,14 +59,14 @@ class Notifier:
 
     def stopping(self, status: str) -> None:
         """The end begins."""
-        self._send("STOPPING=1", f"STATUS={status}")
+        self._send("STOPPING=1", f"STATUS={status}", wait=ROOM_SECONDS)
 
-    def _send(self, *lines: str) -> None:
+    def _send(self, *lines: str, wait: float = 0) -> None:
         if not self._address:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-                sender.setblocking(False)
+                sender.settimeout(wait)
                 sender.sendto("\n".join(lines).encode(), self._address)
         except OSError as error:
             log.warning("systemd cannot be told %s: %s", lines[0], error.strerror or error)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -165,6 +166,21 @@ def test_nobody_listens(short_tmp, caplog):
     assert caplog.text == ""
     Notifier({"NOTIFY_SOCKET": str(short_tmp / "none")}).ready("a")
     assert "systemd cannot be told READY=1" in caplog.text
+
+
+def test_a_change_of_state_waits_while_the_queue_is_full(manager, short_tmp):
+    notifier = Notifier({"NOTIFY_SOCKET": str(short_tmp / "notify"), "WATCHDOG_USEC": "300000"})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, pytest.raises(BlockingIOError):
+        other.setblocking(False)
+        while True:
+            other.sendto(b"STATUS=old", str(short_tmp / "notify"))
+    notifier.alive("lost")
+    slow = threading.Timer(0.2, manager.next)
+    slow.start()
+    notifier.ready("here")
+    slow.join()
+    seen = manager.until("READY")
+    assert seen["STATUS"] == "here"
 
 
 async def test_a_life_under_systemd(manager, short_tmp):

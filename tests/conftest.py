@@ -26,6 +26,10 @@ TEST_MODELS = "LLAMA_SUPERVISOR_TEST_MODELS"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down ignored
 
 
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: the supervisors of tests would ignore it as well
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def native_server() -> Path:
     """The patched llama-server. Its absence is a failure, never a skip."""

@@ -53,7 +53,7 @@ def client(url: str | None, config: Path | None) -> Client:
     from supervisor.client import Client  # noqa: PLC0415 (only commands that ask need it)
 
     key = os.environ.get(KEY_VARIABLE)
-    if url is not None:
+    if url:
         return Client(url, key)
     url, cert = _configured_url(config)
     return Client(url, key, cert)

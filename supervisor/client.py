@@ -169,9 +169,11 @@ class Client:
     def _connection(self) -> http.client.HTTPConnection:
         if not self._tls:
             return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_SECONDS)
-        from supervisor.tls import client_context  # noqa: PLC0415 (pydantic is slow to import)
+        context = None
+        if self._cert is not None:
+            from supervisor.tls import client_context  # noqa: PLC0415 (pydantic is slow to import)
 
-        context = client_context(self._cert) if self._cert is not None else None
+            context = client_context(self._cert)
         return http.client.HTTPSConnection(self._host, self._port, timeout=CONNECT_SECONDS, context=context)
 
     def _refusal(self, path: str, response: http.client.HTTPResponse) -> SupervisorError:

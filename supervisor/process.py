@@ -9,6 +9,7 @@ import gc
 import ipaddress
 import logging
 import os
+import shlex
 import signal
 from urllib.parse import urlsplit
 
@@ -156,7 +157,8 @@ def announce(one: Supervisor) -> None:
     noun = "model" if count == 1 else "models"
     log.info("%d %s in %s; the default is %s", count, noun, one.config.models.directory, model)
     body = '{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}'
-    trust = f" --cacert {one.config.server.tls_cert}" if one.tls.context is not None else ""
+    cert = one.config.server.tls_cert
+    trust = f" --cacert {shlex.quote(str(cert))}" if cert is not None else ""
     print(f"\nTry it:\n  curl -N{trust} {one.urls[0]}/v1/chat/completions -d '{body}'\n", flush=True)
 
 

@@ -62,7 +62,7 @@ class Tls:
         except CertificateError as error:
             log.error("%s; the certificate from before stays in force", error)
             return
-        self.context.load_cert_chain(self._cert, self._key)
+        self.context.load_cert_chain(self._cert, self._key, password=_no_password)
         log.info("the certificate in %s was renewed", self._cert)
 
     def _signatures(self) -> tuple[Signature | None, ...]:

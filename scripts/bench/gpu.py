@@ -83,18 +83,7 @@ def _only(side: str) -> Iterator[None]:
 
 
 def _same(tool: Path, model: Path, texts: list[str], cells: int, tokens: int, threads: int) -> list[Json]:
-    common = [
-        "-c",
-        str(cells),
-        "-n",
-        str(tokens),
-        "--modes",
-        "full,window,atlas",
-        "--atlas-refresh",
-        "4",
-        "--scored-chunk",
-        "4",
-    ]
+    common = f"-c {cells} -n {tokens} --modes full,window,atlas --atlas-refresh 4 --scored-chunk 4".split()
     common += [word for text in texts for word in ("--text", text)]
     common += ["-t", str(threads)] if threads else []
     rows = []
@@ -106,8 +95,7 @@ def _same(tool: Path, model: Path, texts: list[str], cells: int, tokens: int, th
         for gpu, cpu in zip(sides["gpu"], sides["cpu"], strict=True):
             if (gpu["test"], gpu["mode"]) != (cpu["test"], cpu["mode"]):
                 raise BenchError(f"{gpu['test']} {gpu['mode']} beside {cpu['test']} {cpu['mode']}")
-            row = {"kind": kind, "test": gpu["test"], "mode": gpu["mode"], "gpu": gpu["nll"], "cpu": cpu["nll"]}
-            rows.append(row)
+            rows.append({"kind": kind, "test": gpu["test"], "mode": gpu["mode"], "gpu": gpu["nll"], "cpu": cpu["nll"]})
     return rows
 
 
@@ -122,7 +110,6 @@ def _files(server: Path, model: Path, text: str, cells: int) -> Json:
             tokens = running.tokens(Path(path).read_text(errors="replace")[int(offset) :][: cells * 24])[: cells * 4]
             going_on = (tokens[-8:], DECODED)
             running.want(running.complete(tokens[:-8], 1, memory_file="book"))
-            running.want(running.ask("POST", "/v1/atlas/memory/save", {"filename": "book"}))
             answers["unsaved"] = running.want(running.complete(*going_on, **session))["tokens"]
             running.kill()  # so that nothing is saved again
         for side in ("gpu", "cpu"):
@@ -148,7 +135,8 @@ def _memory(server: Path, model: Path, context: int) -> Json:
     with supervisor({"m": model}, server, own) as running:
 
         def told() -> Json:
-            return next(one for one in running.call("GET", "/api/v1/status")["models"] if one["id"] == "m")["memory"]
+            models = running.call("GET", "/api/v1/status")["models"]
+            return dict(next(one for one in models if one["id"] == "m")["memory"])
 
         running.call("POST", "/completion", {"model": "m", "prompt": "A word. " * 200, "n_predict": 4})
         wait_for(lambda: told()["measured_bytes"], 10, lambda: "the child's memory is not measured")

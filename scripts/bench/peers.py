@@ -17,13 +17,13 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
 import psutil
-from common import Json, Supervisor, Workspace, machine_state, model_file, parser, print_machine, run_main, server_of
+from common import Json, Supervisor, machine_state, model_file, parser, print_machine, run_main, server_of, supervisor
 
 LONG = 4000
 """Tokens of an answer that is to be running when something happens to it."""
@@ -46,7 +46,6 @@ class Stream:
     def __init__(self, client: Client, model: str, tokens: int) -> None:
         self.events = 0
         self.last = ""
-        self.status = 0
         self.ended_at = 0.0
         self._task = asyncio.create_task(self._run(client, model, tokens))
 
@@ -54,7 +53,6 @@ class Stream:
         body = {"model": model, "messages": [{"role": "user", "content": "Tell a story."}], "stream": True}
         body |= {"max_tokens": tokens, "ignore_eos": True, "temperature": 0}
         async with client.http.post(client.url + "/v1/chat/completions", json=body) as answer:
-            self.status = answer.status
             with contextlib.suppress(aiohttp.ClientError):
                 async for line in answer.content:
                     if line.startswith(b"data: "):
@@ -67,11 +65,6 @@ class Stream:
         while self.events < 5 and not self._task.done():
             await asyncio.sleep(0.005)
         return self
-
-    @property
-    def running(self) -> bool:
-        """Whether it goes on."""
-        return not self._task.done()
 
     async def ended(self) -> str:
         """Wait for the end: `done`, the code of the error event, or `cut`."""
@@ -118,16 +111,10 @@ class Client:
 @contextlib.asynccontextmanager
 async def started(models: dict[str, Path], server: Path, /, **overlay: Any) -> AsyncIterator[Client]:
     """Run a supervisor for one scene."""
-    workspace = Workspace(models, server, {"performance": {"context_size": 8192}} | overlay)
-    running = workspace.start()
-    try:
-        await asyncio.to_thread(lambda: running.url)
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
+    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
+    with supervisor(models, server, {"performance": {"context_size": 8192}} | overlay) as running:
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
             yield Client(running, http)
-    finally:
-        running.stop()
-        workspace.remove()
 
 
 ONE = {"models": {"max_loaded_models": 1}}
@@ -288,7 +275,7 @@ async def idle(models: dict[str, Path], server: Path) -> Row:
     return Row("idle for a minute", ours, rss * 2**20 < 60e6 and share < 0.005, "< 60 MB, < 0.5 %", "-", "-")
 
 
-Scene = Callable[[dict[str, Path], Path], Awaitable[Row | list[Row]]]
+Scene = Callable[[dict[str, Path], Path], Coroutine[Any, Any, Row | list[Row]]]
 SCENES: dict[str, Scene] = {
     scene.__name__: scene for scene in (busy, unload, reload, killed, hung, orphans, crowd, dies, small, idle)
 }
@@ -304,7 +291,7 @@ def main() -> int:
     before, server = machine_state(), server_of(given)
     rows: list[Row] = []
     for name in given.scenes:
-        found = asyncio.run(_play(SCENES[name], {"a": given.model_a, "b": given.model_b}, server))
+        found = asyncio.run(SCENES[name]({"a": given.model_a, "b": given.model_b}, server))
         rows += found if isinstance(found, list) else [found]
         if not given.json:
             _show(rows[-1:] if isinstance(found, Row) else found)
@@ -313,10 +300,6 @@ def main() -> int:
     else:
         print_machine(before)
     return 0 if all(row.good for row in rows) else 1
-
-
-async def _play(scene: Scene, models: dict[str, Path], server: Path) -> Row | list[Row]:
-    return await scene(models, server)
 
 
 def _show(rows: list[Row]) -> None:

@@ -58,8 +58,8 @@ struct atlas_frame {
     }
 };
 
-// a frame on its way: its bytes before and after, and room for those between. It is used again and again, for new
-// buffers for each frame cost more than its compression where pages are slow
+// a frame on its way: its bytes before and after, and room for those between. It is used again and again: new buffers
+// for each frame, of pages that the system has to clear, cost a third of a save and of a load
 struct atlas_work {
     atlas_frame frame;
     std::vector<uint8_t> data, tmp;

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 
 import msgspec
 import xxhash
-import zstandard
 
 from supervisor.errors import SupervisorError
 
@@ -92,6 +91,8 @@ class MemoryFile:
                 self._verify_frame(file, number, frame)
 
     def _verify_frame(self, file: BinaryIO, number: int, frame: Frame) -> None:
+        import zstandard  # noqa: PLC0415 (slow to import, and the supervisor itself only reads headers)
+
         stored = file.read(frame.stored)
         if len(stored) != frame.stored:
             raise self._corrupt("the file ends too early")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -16,12 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from supervisor import __version__
-from supervisor.cli_atlas import atlas
-from supervisor.cli_karen import karen
-from supervisor.cli_key import key
-from supervisor.cli_models import load, logs, models, status, unload
 from supervisor.cli_options import client, client_options, config_option, example, json_option
-from supervisor.cli_service import install_service
 from supervisor.console import console, duration, print_json, safe, say, table
 from supervisor.errors import ConfigError, SupervisorError
 
@@ -57,6 +53,16 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+ELSEWHERE = {
+    "atlas": "cli_atlas",
+    "install-service": "cli_service",
+    "karen": "cli_karen",
+    "key": "cli_key",
+    **dict.fromkeys(["load", "logs", "models", "status", "unload"], "cli_models"),
+}
+"""The modules of commands that are not in this one: `start`, which stays in memory, needs none of them."""
+
+
 class NoSuchModel(SupervisorError):
     """There is no model of that name to pull."""
 
@@ -65,6 +71,18 @@ class NoSuchModel(SupervisorError):
 
 class Program(Group):
     """The root command: turns every error into a message, or with --json into JSON, and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*super().list_commands(ctx), *ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, importing what it is in; None when there is none of that name."""
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(f"supervisor.{ELSEWHERE[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
 
     def main(
         self,
@@ -140,10 +158,6 @@ def cli() -> None:
     Models start when a request names them, share the machine, and make room for one another. The children are
     native llama-server processes; `build` makes theirs, `pull` gets a first model, `start` serves.
     """
-
-
-for command in (status, models, load, unload, logs, key, atlas, karen, install_service):
-    cli.add_command(command)
 
 
 @cli.command(

@@ -98,7 +98,8 @@ def _commands(command: Any, context: Any) -> Iterator[tuple[str, Any]]:
     yield context.command_path, context
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
-            child = command.commands[name]
+            child = command.get_command(context, name)
+            assert child is not None
             yield from _commands(child, click.Context(child, info_name=name, parent=context))
 
 

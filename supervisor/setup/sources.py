@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tarfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,8 @@ from supervisor.setup.files import sha256_file
 from supervisor.setup.progress import say
 
 if TYPE_CHECKING:
+    import tarfile
+
     from rich.console import Console
 
 
@@ -156,6 +157,8 @@ def unpack(archive: Path, folder: str, tree: Path) -> None:
 
     Raises SetupError when the archive is cut short, lacks the folder, or holds anything else in it.
     """
+    import tarfile  # noqa: PLC0415 (only building needs it, not serving)
+
     prefix = PurePosixPath(folder)
     try:
         with tarfile.open(archive) as tar:

@@ -16,8 +16,12 @@ log = logging.getLogger(__name__)
 SHARE = 0.95
 """Share of a GPU's memory that children may take; the driver and others need some."""
 
-CONTEXT = 400 * MIB
-"""Bytes of a GPU that a process takes to use it at all."""
+CONTEXT = 600 * MIB
+"""Bytes of a GPU that a process takes to use it at all: CUDA 13 on an H100, where others may take less. It is a first
+guess: what was measured of a model counts from then on."""
+
+DRIVER = 320 * MIB
+"""Bytes of the machine's memory that the driver's libraries take in a process that uses a GPU, likewise."""
 
 
 class Gpus:
@@ -77,7 +81,7 @@ def split(
     kept = int(estimate.kv * share) if kv_offload else 0
     there = sum(gpus.values())
     needs = {name: int((weights + kept) * size / there) + estimate.compute + CONTEXT for name, size in gpus.items()}
-    needs[RAM] = estimate.total - weights - kept - estimate.repacked
+    needs[RAM] = estimate.total - weights - kept - estimate.repacked + DRIVER
     return needs
 
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cinttypes>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include <thread>
 
 #ifndef _WIN32
+#include <fcntl.h>
 #include <unistd.h>
 #endif
 
@@ -27,7 +29,10 @@ static constexpr size_t   ATLAS_FIXED       = 16;       // magic, version, size 
 static constexpr size_t   ATLAS_HEADER_MAX  = 4 << 20;
 static constexpr int      ATLAS_DEPTH_MAX   = 16;
 static constexpr size_t   ATLAS_VALUES_MAX  = 256 << 10; // of the header
-static constexpr size_t   ATLAS_FRAME_MAX   = 8 << 20;   // raw; small enough for several threads to share the work
+static constexpr size_t   ATLAS_FRAME_MAX   = 8 << 20;   // raw
+static constexpr size_t   ATLAS_FRAME       = 4 << 20;   // ... of those that are written: for several threads to share the work
+
+static constexpr size_t   ATLAS_SYNC_STEP   = 8 << 20; // bytes
 
 static const char * const atlas_purpose[] = { "counters", "cells", "keys", "values", "scores" };
 
@@ -59,6 +64,36 @@ void atlas_write_le(uint8_t * p, uint64_t x, int n) {
     }
 }
 
+// n elements of S bytes: their first bytes, then their second ones, ... or back; a loop that compilers vectorise
+template <size_t S>
+static void shuffle_as(const uint8_t * GGML_RESTRICT src, uint8_t * GGML_RESTRICT dst, size_t n, bool back) {
+    for (size_t i = 0; i < n; ++i) {
+        for (size_t j = 0; j < S; ++j) {
+            if (back) {
+                dst[i*S + j] = src[j*n + i];
+            } else {
+                dst[j*n + i] = src[i*S + j];
+            }
+        }
+    }
+}
+
+static void shuffle_any(const uint8_t * src, uint8_t * dst, size_t n, size_t stride, bool back) {
+    constexpr size_t n_tile = 1024; // elements, so that those of a tile stay in the cache
+    for (size_t i0 = 0; i0 < n; i0 += n_tile) {
+        const size_t i1 = std::min(n, i0 + n_tile);
+        for (size_t j = 0; j < stride; ++j) {
+            for (size_t i = i0; i < i1; ++i) {
+                if (back) {
+                    dst[i*stride + j] = src[j*n + i];
+                } else {
+                    dst[j*n + i] = src[i*stride + j];
+                }
+            }
+        }
+    }
+}
+
 // bytes with the same place in their elements come together, which compresses better
 static void shuffle(std::vector<uint8_t> & data, std::vector<uint8_t> & tmp, size_t stride, bool back) {
     if (stride < 2) {
@@ -66,14 +101,10 @@ static void shuffle(std::vector<uint8_t> & data, std::vector<uint8_t> & tmp, siz
     }
     tmp.resize(data.size());
     const size_t n = data.size()/stride;
-    for (size_t j = 0; j < stride; ++j) {
-        for (size_t i = 0; i < n; ++i) {
-            if (back) {
-                tmp[i*stride + j] = data[j*n + i];
-            } else {
-                tmp[j*n + i] = data[i*stride + j];
-            }
-        }
+    switch (stride) {
+        case 2:  shuffle_as<2>(data.data(), tmp.data(), n, back); break;
+        case 4:  shuffle_as<4>(data.data(), tmp.data(), n, back); break;
+        default: shuffle_any  (data.data(), tmp.data(), n, stride, back);
     }
     std::copy(data.begin() + n*stride, data.end(), tmp.begin() + n*stride);
     data.swap(tmp);
@@ -103,8 +134,19 @@ atlas_frame atlas_frame::of(llama_atlas_part part, int32_t layer, size_t stride)
     return res;
 }
 
-static size_t n_workers() {
-    return std::min(4u, std::max(1u, std::thread::hardware_concurrency()));
+// how long a thread that works beside the decoding rests after a frame: a CPU that is idle for a moment takes over a
+// thread of the decoding that shares a CPU with another; else both can stay there for a second, each waiting for the other
+static constexpr auto ATLAS_REST = std::chrono::milliseconds(1);
+
+// do something with a frame, in another thread if there is one to spare
+template <typename F>
+static std::future<atlas_work> process(size_t n_workers, F f, atlas_work work) {
+    auto res = std::async(n_workers > 0 ? std::launch::async : std::launch::deferred, f, std::move(work));
+    if (n_workers == 0) {
+        res.wait();
+        std::this_thread::sleep_for(ATLAS_REST);
+    }
+    return res;
 }
 
 //
@@ -126,13 +168,13 @@ static json frames_to_json(const std::vector<atlas_frame> & frames) {
     return res;
 }
 
-atlas_writer::atlas_writer(const std::string & path, const json & header, size_t n_layer, size_t raw_max, int32_t level)
-    : path(path), f(fopen(path.c_str(), "wb")), level(level) {
+atlas_writer::atlas_writer(const std::string & path, const json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers)
+    : path(path), f(fopen(path.c_str(), "wb")), level(level), n_workers(std::move(n_workers)) {
     if (!f) {
         throw atlas_io_error("cannot create", path);
     }
     // the header comes first, but its table is only known in the end
-    const size_t n_frames = 16 + 3*n_layer + raw_max/(ATLAS_FRAME_MAX/2);
+    const size_t n_frames = 16 + 3*n_layer + raw_max/(ATLAS_FRAME/2);
     n_header = header.dump().size() + 64 + 192*n_frames;
     if (n_header > ATLAS_HEADER_MAX) {
         throw common_atlas_error(413, "the memory is too large for a file: " + std::to_string(raw_max >> 20) + " MiB");
@@ -206,9 +248,21 @@ void atlas_writer::drain(size_t n_left) {
         if (fwrite(work.data.data(), 1, work.data.size(), f.get()) != work.data.size()) {
             throw common_atlas_error(500, std::string("cannot write the memory file: ") + strerror(errno));
         }
+        n_written += work.data.size();
+        begin_sync();
         frames.push_back(work.frame);
         idle.push_back(std::move(work));
     }
+}
+
+// let the disk begin: else it idles until the end, and then has everything to write at once
+void atlas_writer::begin_sync() {
+#ifdef SYNC_FILE_RANGE_WRITE
+    if (n_written - n_begun >= ATLAS_SYNC_STEP && fflush(f.get()) == 0) {
+        sync_file_range(fileno(f.get()), ATLAS_FIXED + n_header + 8 + n_begun, n_written - n_begun, SYNC_FILE_RANGE_WRITE);
+        n_begun = n_written;
+    }
+#endif
 }
 
 void atlas_writer::flush() {
@@ -216,9 +270,10 @@ void atlas_writer::flush() {
         atlas_work work = atlas_work::from(idle);
         work.frame = cur;
         work.data.swap(data);
-        pending.push_back(std::async(std::launch::async, pack, std::move(work), level));
+        const size_t n = n_workers();
+        pending.push_back(process(n, [level = level](atlas_work work) { return pack(std::move(work), level); }, std::move(work)));
         data.clear();
-        drain(n_workers());
+        drain(n);
     }
 }
 
@@ -227,7 +282,7 @@ void atlas_writer::add(const atlas_frame & kind, const void * src, size_t size) 
         flush();
         cur = kind;
     }
-    const size_t max = ATLAS_FRAME_MAX/kind.stride*kind.stride;
+    const size_t max = ATLAS_FRAME/kind.stride*kind.stride;
     for (size_t i = 0; i < size; ) {
         const size_t n = std::min(size - i, max - data.size());
         data.insert(data.end(), (const uint8_t *) src + i, (const uint8_t *) src + i + n);
@@ -306,7 +361,7 @@ static void check_header(const json & header) {
     }
 }
 
-atlas_reader::atlas_reader(const std::string & path) : f(fopen(path.c_str(), "rb")) {
+atlas_reader::atlas_reader(const std::string & path, atlas_workers n_workers) : f(fopen(path.c_str(), "rb")), n_workers(std::move(n_workers)) {
     if (!f && errno == ENOENT) {
         throw common_atlas_error(404, "there is no memory file " + fs::path(path).filename().string());
     }
@@ -406,28 +461,35 @@ atlas_work atlas_reader::unpack(atlas_work work) {
     return work;
 }
 
-void atlas_reader::read_ahead() {
-    while (next < frames.size() && pending.size() < n_workers()) {
+void atlas_reader::read_ahead(size_t n_max) {
+    const size_t n = n_workers();
+    while (next < frames.size() && pending.size() < n_max) {
         atlas_work work = atlas_work::from(idle);
         work.frame = frames[next];
         work.data.resize(frames[next].stored);
         if (!get(work.data.data(), work.data.size())) {
             throw atlas_corrupt("the file ends too early");
         }
-        pending.push_back(std::async(std::launch::async, unpack, std::move(work)));
+        pending.push_back(process(n, unpack, std::move(work)));
         next++;
     }
 }
 
-void atlas_reader::prefetch() {
-    read_ahead();
+void atlas_reader::prefetch(size_t raw_max) {
+    for (size_t raw = 0; next < frames.size() && raw < raw_max; ) {
+        raw += frames[next].raw;
+        read_ahead(pending.size() + 1);
+        if (pending.size() % std::max<size_t>(1, n_workers()) == 0) {
+            pending.back().wait();
+        }
+    }
     for (auto & frame : pending) {
         frame.wait();
     }
 }
 
 void atlas_reader::advance(const atlas_frame & kind) {
-    read_ahead();
+    read_ahead(std::max<size_t>(1, n_workers()));
     if (pending.empty() || !frames[n_done].same_kind(kind)) {
         throw atlas_corrupt("the frames are out of order");
     }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <deque>
+#include <functional>
 #include <future>
 #include <memory>
 #include <stdexcept>
@@ -35,6 +36,9 @@ std::string atlas_hex64(uint64_t x);
 
 uint64_t atlas_read_le (const uint8_t * p, int n);
 void     atlas_write_le(uint8_t * p, uint64_t x, int n);
+
+// how many threads may compress or decompress now; 0: only the caller's, which rests now and then
+using atlas_workers = std::function<size_t()>;
 
 struct atlas_file_deleter {
     void operator()(FILE * f) const { fclose(f); }
@@ -72,7 +76,7 @@ struct atlas_work {
 class atlas_writer {
 public:
     // a header of up to n_header bytes comes before the frames; raw_max: of all of them
-    atlas_writer(const std::string & path, const common_json & header, size_t n_layer, size_t raw_max, int32_t level);
+    atlas_writer(const std::string & path, const common_json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers);
 
     void add(const atlas_frame & kind, const void * src, size_t size);
 
@@ -88,7 +92,10 @@ private:
     std::string path;
     atlas_file_ptr f;
     int32_t level;
+    atlas_workers n_workers;
     size_t n_header;
+    size_t n_written = 0; // bytes of frames
+    size_t n_begun   = 0; // ... that are on their way to the disk
     std::vector<atlas_frame> frames;
 
     atlas_frame cur;
@@ -99,13 +106,14 @@ private:
 
     static atlas_work pack(atlas_work work, int32_t level);
     void drain(size_t n_left);
+    void begin_sync();
     void flush();
 };
 
 // checks all that a file says before it is used; these throw common_atlas_error
 class atlas_reader {
 public:
-    explicit atlas_reader(const std::string & path);
+    explicit atlas_reader(const std::string & path, atlas_workers n_workers = [] { return 1; });
 
     common_json header; // without the table of the frames
 
@@ -116,8 +124,8 @@ public:
 
     void take(const atlas_frame & kind, void * dst, size_t size);
 
-    // have the next frames at hand
-    void prefetch();
+    // have the next frames at hand: all, or the first ones with so many bytes
+    void prefetch(size_t raw_max);
     bool at_end() const { return used == now.data.size() && n_done == frames.size(); }
 
     // llama_atlas_state_io; `error` says why it returned false
@@ -130,6 +138,7 @@ public:
 
 private:
     atlas_file_ptr f;
+    atlas_workers n_workers;
     std::vector<atlas_frame> frames;
 
     size_t next = 0; // frame to be read from the file
@@ -143,6 +152,6 @@ private:
 
     bool get(void * dst, size_t size) { return fread(dst, 1, size, f.get()) == size; }
     static atlas_work unpack(atlas_work work);
-    void read_ahead();
+    void read_ahead(size_t n_max);
     void advance(const atlas_frame & kind);
 };

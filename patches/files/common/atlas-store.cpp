@@ -6,6 +6,7 @@
 #include "llama.h"
 
 #include <algorithm>
+#include <thread>
 #include <chrono>
 #include <ctime>
 #include <filesystem>
@@ -53,6 +54,12 @@ struct atlas_lock {
 };
 
 // throws common_atlas_error; the sequence is of no use then
+static size_t n_workers(const llama_context * ctx) {
+    const int64_t n_cpu = std::max(1u, std::thread::hardware_concurrency());
+    const int64_t n_busy = llama_atlas_is_computing(ctx) ? llama_n_threads(const_cast<llama_context *>(ctx)) : 0;
+    return std::clamp<int64_t>(n_cpu - n_busy, 0, 4);
+}
+
 static void read_section(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, atlas_reader & r) {
     char text[256];
     const auto res = llama_atlas_state_read(ctx, seq_id, section, atlas_reader::io, &r, text, sizeof(text));
@@ -243,7 +250,12 @@ void common_atlas_store::prune(const std::string & name, const std::vector<std::
     }
 }
 
-std::shared_ptr<common_atlas_saving> common_atlas_store::save_begin(const std::string & name, llama_seq_id seq_id, const common_atlas_session & session) const {
+size_t common_atlas_store::cells_size(llama_seq_id seq_id) const {
+    const size_t n = llama_state_seq_get_size(ctx, seq_id);
+    return n + n/8;
+}
+
+std::shared_ptr<common_atlas_saving> common_atlas_store::save_begin(const std::string & name, llama_seq_id seq_id, const common_atlas_session & session, std::vector<uint8_t> && room) const {
     const fs::path target = path(name);
     if (target.parent_path() != dir) {
         std::error_code ec;
@@ -282,9 +294,8 @@ std::shared_ptr<common_atlas_saving> common_atlas_store::save_begin(const std::s
         atlas_write_le(res->tokens.data() + i*4, session.tokens[i], 4);
     }
 
-    const size_t n_cells = llama_state_seq_get_size(ctx, seq_id);
-    res->cells.reserve(n_cells + n_cells/8);
-    res->raw_max = st.bytes + n_cells + res->tokens.size();
+    res->cells = std::move(room);
+    res->raw_max = st.bytes + cells_size(seq_id) + res->tokens.size();
 
     char text[256];
     if (llama_atlas_state_write(ctx, seq_id, LLAMA_ATLAS_STATE_CELLS, common_atlas_saving::take_cells, res.get(), text, sizeof(text)) != LLAMA_ATLAS_STATE_OK) {
@@ -303,7 +314,7 @@ json common_atlas_store::save_end(common_atlas_saving & saving, const std::vecto
     const std::string target = path(saving.name);
     const std::string temp   = target + ".tmp";
     try {
-        atlas_writer w(temp, saving.header, llama_model_n_layer(llama_get_model(ctx)), saving.raw_max, level);
+        atlas_writer w(temp, saving.header, llama_model_n_layer(llama_get_model(ctx)), saving.raw_max, level, [ctx = ctx] { return n_workers(ctx); });
         w.add(atlas_frame::tokens(), saving.tokens.data(), saving.tokens.size());
 
         char text[256];
@@ -355,7 +366,7 @@ json common_atlas_store::save_end(common_atlas_saving & saving, const std::vecto
 std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::string & path, llama_seq_id seq_id) const {
     auto res = std::make_shared<common_atlas_loading>();
     res->path   = path;
-    res->reader = std::make_unique<atlas_reader>(path);
+    res->reader = std::make_unique<atlas_reader>(path, [ctx = ctx] { return n_workers(ctx); });
     atlas_reader & r = *res->reader;
     common_atlas_session & session = res->session;
     try {
@@ -389,7 +400,7 @@ std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::s
         throw atlas_corrupt(std::string("the header cannot be understood: ") + e.what());
     }
     read_section(ctx, seq_id, LLAMA_ATLAS_STATE_ARCHIVE, r);
-    r.prefetch();
+    r.prefetch(llama_atlas_cells_size(ctx)); // the decoding will wait for them
     return res;
 }
 

@@ -135,6 +135,12 @@ extern "C" {
             struct llama_context * ctx, llama_seq_id seq_id, enum llama_atlas_state_section section,
             llama_atlas_state_io io, void * user, char * text, size_t n_text);
 
+    // bytes of the KV cells of a sequence, at most
+    LLAMA_API size_t llama_atlas_cells_size(const struct llama_context * ctx);
+
+    // whether the context computes, or has in the last 100 ms: who works beside it may leave the CPUs to it; any thread may ask
+    LLAMA_API bool llama_atlas_is_computing(const struct llama_context * ctx);
+
     // identifies the model by its vocabulary, tensors, small weights and rotation, wherever its file is
     LLAMA_API uint64_t llama_atlas_model_hash(const struct llama_context * ctx);
 

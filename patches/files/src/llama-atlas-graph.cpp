@@ -265,6 +265,10 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
     llama_atlas & a = *o.atlas;
     const layer & l = a.layers[o.i_layer];
 
+    if (ith == 0) {
+        a.t_computed.store(ggml_time_us(), std::memory_order_relaxed);
+    }
+
     // the queries pass unchanged
     const int64_t n_rows = q->ne[2];
     for (int64_t i = ith; i < n_rows; i += nth) {

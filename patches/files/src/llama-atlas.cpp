@@ -18,6 +18,10 @@
 #include <new>
 #include <stdexcept>
 
+#ifdef __linux__
+#include <sys/resource.h>
+#endif
+
 //
 // llama_atlas_buffer
 //
@@ -208,6 +212,19 @@ int64_t llama_atlas::first_kept(const seq & s) const {
 }
 
 void llama_atlas::reset(seq & s) {
+    size_t size = 0;
+    for (const auto & h : s.heads) {
+        size += h.k.size() + h.v.size();
+    }
+    if (size >= size_aside) {
+        // the system takes back pages one by one: nobody should wait for that
+        freeing = std::async(std::launch::async, [](std::vector<head> heads) {
+#ifdef __linux__
+            setpriority(PRIO_PROCESS, 0, 5); // of this thread
+#endif
+            heads.clear();
+        }, std::move(s.heads));
+    }
     s = seq();
 }
 
@@ -449,6 +466,10 @@ void llama_atlas::set(llama_seq_id seq_id, int32_t n_window, float blend) {
 
 void llama_atlas::set_refresh(int32_t n_refresh) {
     params.n_refresh = std::clamp(n_refresh, 1, 256);
+}
+
+bool llama_atlas::is_computing() const {
+    return ggml_time_us() - t_computed.load(std::memory_order_relaxed) < 100*1000;
 }
 
 void llama_atlas::forget(llama_seq_id seq_id) {

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <future>
 #include <memory>
 #include <string>
 #include <utility>
@@ -93,7 +94,13 @@ public:
     // write the state of a sequence or read it, throws on failure; see llama-atlas.h
     void state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io fn, void * user, bool load);
 
+    // bytes of the KV cells of a sequence, at most
+    size_t cells_size(llama_memory_i & memory) const;
+
     uint64_t model_hash() const;
+
+    // whether a graph was computed in the last moments; any thread may ask
+    bool is_computing() const;
 
     // called by the KV cache when somebody changes a sequence
     void on_clear();
@@ -110,6 +117,7 @@ private:
     static constexpr int64_t n_tile  = 48; // keys that are converted at a time
     static constexpr int64_t n_part  = 64; // candidates or cells that a thread takes at a time
     static constexpr int64_t n_together = 16; // queries that are scored together where they choose nothing
+    static constexpr size_t  size_aside = 16 << 20; // bytes of an archive that is freed in another thread
     static constexpr int64_t n_scan  = 128;  // blocks that stage 1 may look at per token, on average
     static constexpr float   r_cand  = 2.0f; // candidates of stage 1, in units of the memory cells
     static constexpr float   credit_1 = 0.5f;  // share of a block's score that its successor gets ...
@@ -262,6 +270,8 @@ private:
     bool    staged = false; // the cells are not in host memory
 
     std::vector<seq> seqs;
+    std::future<void> freeing; // the archive that was given up last
+    std::atomic<int64_t> t_computed { 0 }; // microseconds
     std::vector<std::unique_ptr<work>> works; // one per thread
 
     // one KV head of a job in the layer that is computed

@@ -140,11 +140,14 @@ bool server_atlas::run_finished() {
 }
 
 void server_atlas::wait() {
-    {
-        std::unique_lock<std::mutex> lock(mutex);
-        cond.wait(lock, [&] { return jobs.empty() && !working; });
+    for (bool more = true; more; ) {
+        {
+            std::unique_lock<std::mutex> lock(mutex);
+            cond.wait(lock, [&] { return jobs.empty() && !working; });
+            more = !finished.empty();
+        }
+        run_finished(); // which may go on with another job
     }
-    run_finished();
 }
 
 common_atlas_store & server_atlas::files() {
@@ -221,9 +224,8 @@ void server_atlas::save(int id_slot, const server_tokens & tokens, const std::st
         done(res, nullptr);
     };
 
-    try {
-        const auto saving = files().save_begin(name, id_slot, session);
-        e.busy = true;
+    const auto begin = [this, id_slot, name, session, end](std::vector<uint8_t> && room) {
+        const auto saving = files().save_begin(name, id_slot, session, std::move(room));
         submit([this, saving, end, keep = names()]() {
             json header;
             std::shared_ptr<common_atlas_error> err;
@@ -235,6 +237,31 @@ void server_atlas::save(int id_slot, const server_tokens & tokens, const std::st
                 err = std::make_shared<common_atlas_error>(500, error.what());
             }
             finish([end, header, err]() { end(header, err.get()); });
+        });
+    };
+
+    try {
+        const size_t size = files().cells_size(id_slot);
+        e.busy = true;
+        submit([this, size, begin, end]() {
+            // touched here, so that the system finds its pages while decoding goes on
+            auto room = std::make_shared<std::vector<uint8_t>>();
+            try {
+                room->resize(size);
+                room->clear();
+            } catch (const std::bad_alloc &) {
+                // then it grows, or fails, where it is filled
+            }
+            finish([room, begin, end]() {
+                try {
+                    begin(std::move(*room));
+                } catch (const common_atlas_error & err) {
+                    end(nullptr, &err);
+                } catch (const std::exception & error) {
+                    const common_atlas_error err(500, error.what());
+                    end(nullptr, &err);
+                }
+            });
         });
     } catch (const common_atlas_error & err) {
         end(nullptr, &err);

@@ -17,6 +17,7 @@
 #include <limits>
 #include <new>
 #include <stdexcept>
+#include <system_error>
 
 #ifdef __linux__
 #include <sys/resource.h>
@@ -218,12 +219,16 @@ void llama_atlas::reset(seq & s) {
     }
     if (size >= size_aside) {
         // the system takes back pages one by one: nobody should wait for that
-        freeing = std::async(std::launch::async, [](std::vector<head> heads) {
+        try {
+            freeing = std::async(std::launch::async, [](std::vector<head> heads) {
 #ifdef __linux__
-            setpriority(PRIO_PROCESS, 0, 5); // of this thread
+                setpriority(PRIO_PROCESS, 0, 5); // of this thread
 #endif
-            heads.clear();
-        }, std::move(s.heads));
+                heads.clear();
+            }, std::move(s.heads));
+        } catch (const std::system_error &) {
+            // no thread can be had: it is freed here
+        }
     }
     s = seq();
 }

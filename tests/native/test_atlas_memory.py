@@ -307,6 +307,25 @@ async def test_hostile_states_with_right_checksums(start, smollm2, folder):
     assert answer["n_tokens"] > 0
 
 
+@pytest.mark.parametrize("purpose", ["keys", "values"])
+async def test_infinite_values_are_refused(start, smollm2, folder, purpose):
+    """One of them would make every later answer NaN. An F16 frame has the high bytes behind the low ones."""
+    running = await start({"small": smollm2}, **sections(folder))
+    await complete(running, TEXT[:2400], memory_file="good")
+    good = (folder / "good.atlas").read_bytes()
+    frames = json.loads(good[16 : 16 + struct.unpack_from("<I", good, 12)[0]])["frames"]
+    number, frame = next((n, frame) for n, frame in enumerate(frames) if frame["purpose"] == purpose)
+    assert frame["shuffle"] == 2
+
+    def infinite(raw: bytearray) -> bytearray:
+        raw[100], raw[len(raw) // 2 + 100] = 0, 0x7C
+        return raw
+
+    (folder / "bad.atlas").write_bytes(with_raw(good, number, infinite))
+    status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "bad"})
+    assert status == 400 and "no model computes" in answer["error"]["message"], answer
+
+
 async def test_the_memory_of_the_last_request_persists(start, smollm2, folder):
     running = await start({"small": smollm2}, **sections(folder, "--atlas-memory-persist"))
     _, answer = await complete(running, TEXT[:4000])

@@ -16,6 +16,7 @@
 
 #ifndef _WIN32
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #endif
 
@@ -168,8 +169,18 @@ static json frames_to_json(const std::vector<atlas_frame> & frames) {
     return res;
 }
 
+// only for the user who runs the server, whoever may look into the folder: it has what was said
+static FILE * create_private(const std::string & path) {
+#ifdef _WIN32
+    return fopen(path.c_str(), "wb");
+#else
+    const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, S_IRUSR | S_IWUSR);
+    return fd < 0 ? nullptr : fdopen(fd, "wb");
+#endif
+}
+
 atlas_writer::atlas_writer(const std::string & path, const json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers)
-    : path(path), f(fopen(path.c_str(), "wb")), level(level), n_workers(std::move(n_workers)) {
+    : path(path), f(create_private(path)), level(level), n_workers(std::move(n_workers)) {
     if (!f) {
         throw atlas_io_error("cannot create", path);
     }

@@ -61,7 +61,7 @@ async def test_a_session_goes_on_after_a_restart_as_without_one(start, smollm2, 
     assert read["atlas"]["memory_file"] == "book"
     assert read["atlas"]["tokens_archived"] > 512
     assert read["atlas"]["saved"]["bytes"] == (folder / "book.atlas").stat().st_size
-    assert (folder / "book.atlas").stat().st_mode & 0o077 == 0  # for nobody else, also in a folder that others may enter
+    assert (folder / "book.atlas").stat().st_mode & 0o077 == 0  # also where others may enter the folder
     await complete(running, "", tokens=1)  # another request takes the slot
     status, first = await complete(running, question, tokens=64, memory_file="book", save_memory=False)
     assert status == 200

@@ -6,12 +6,12 @@
 #include "llama.h"
 
 #include <algorithm>
-#include <thread>
 #include <chrono>
 #include <ctime>
 #include <filesystem>
 #include <memory>
 #include <set>
+#include <thread>
 
 #ifndef _WIN32
 #include <fcntl.h>
@@ -53,13 +53,14 @@ struct atlas_lock {
     int fd = -1;
 };
 
-// throws common_atlas_error; the sequence is of no use then
+// for compressing and decompressing
 static size_t n_workers(const llama_context * ctx) {
     const int64_t n_cpu = std::max(1u, std::thread::hardware_concurrency());
     const int64_t n_busy = llama_atlas_is_computing(ctx) ? llama_n_threads(const_cast<llama_context *>(ctx)) : 0;
     return std::clamp<int64_t>(n_cpu - n_busy, 0, 4);
 }
 
+// throws common_atlas_error; the sequence is of no use then
 static void read_section(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, atlas_reader & r) {
     char text[256];
     const auto res = llama_atlas_state_read(ctx, seq_id, section, atlas_reader::io, &r, text, sizeof(text));
@@ -250,7 +251,7 @@ void common_atlas_store::prune(const std::string & name, const std::vector<std::
     }
 }
 
-size_t common_atlas_store::cells_size(llama_seq_id seq_id) const {
+size_t common_atlas_store::room_for(llama_seq_id seq_id) const {
     const size_t n = llama_state_seq_get_size(ctx, seq_id);
     return n + n/8;
 }
@@ -295,12 +296,12 @@ std::shared_ptr<common_atlas_saving> common_atlas_store::save_begin(const std::s
     }
 
     res->cells = std::move(room);
-    res->raw_max = st.bytes + cells_size(seq_id) + res->tokens.size();
 
     char text[256];
     if (llama_atlas_state_write(ctx, seq_id, LLAMA_ATLAS_STATE_CELLS, common_atlas_saving::take_cells, res.get(), text, sizeof(text)) != LLAMA_ATLAS_STATE_OK) {
         throw common_atlas_error(409, text);
     }
+    res->raw_max = st.bytes + res->cells.size() + res->tokens.size();
     return res;
 }
 

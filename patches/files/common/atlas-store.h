@@ -37,7 +37,7 @@ public:
     // the file is complete or the old one stays, which becomes a backup
     // keep: names that are in use, which no limit deletes
     // room: memory for the cells, best reserved and touched by another thread, for that takes longer than to fill it
-    size_t cells_size(llama_seq_id seq_id) const;
+    size_t room_for(llama_seq_id seq_id) const;
     std::shared_ptr<common_atlas_saving> save_begin(const std::string & name, llama_seq_id seq_id, const common_atlas_session & session, std::vector<uint8_t> && room) const; // short
     common_json save_end(common_atlas_saving & saving, const std::vector<std::string> & keep) const; // long
 

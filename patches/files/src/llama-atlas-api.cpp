@@ -163,3 +163,18 @@ llama_atlas_stats llama_atlas_get_stats(const llama_context * ctx, llama_seq_id 
     const auto * atlas = ctx->get_atlas();
     return atlas ? atlas->stats(seq_id) : llama_atlas_stats{};
 }
+
+size_t llama_atlas_cells_size(const llama_context * ctx) {
+    const auto * atlas = ctx->get_atlas();
+    return atlas ? atlas->cells_size(*ctx->get_memory()) : 0;
+}
+
+bool llama_atlas_is_computing(const llama_context * ctx) {
+    const auto * atlas = ctx->get_atlas();
+    return atlas && atlas->is_computing();
+}
+
+uint64_t llama_atlas_model_hash(const llama_context * ctx) {
+    const auto * atlas = ctx->get_atlas();
+    return atlas ? atlas->model_hash() : 0;
+}

@@ -562,18 +562,3 @@ llama_atlas_state_result llama_atlas_state_write(llama_context * ctx, llama_seq_
 llama_atlas_state_result llama_atlas_state_read(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
     return state_call(ctx, seq_id, section, io, user, text, n_text, true);
 }
-
-size_t llama_atlas_cells_size(const llama_context * ctx) {
-    const auto * atlas = ctx->get_atlas();
-    return atlas ? atlas->cells_size(*ctx->get_memory()) : 0;
-}
-
-bool llama_atlas_is_computing(const llama_context * ctx) {
-    const auto * atlas = ctx->get_atlas();
-    return atlas && atlas->is_computing();
-}
-
-uint64_t llama_atlas_model_hash(const llama_context * ctx) {
-    const auto * atlas = ctx->get_atlas();
-    return atlas ? atlas->model_hash() : 0;
-}

@@ -180,12 +180,12 @@ void server_atlas::save(int id_slot, const server_tokens & tokens, const std::st
     entry & e = get(id_slot);
     const int64_t t_start = ggml_time_us();
 
-    common_atlas_session session;
-    session.tokens  = tokens.get_tokens();
-    session.last    = e.last;
-    session.created = e.created;
+    const auto session = std::make_shared<common_atlas_session>();
+    session->tokens  = tokens.get_tokens();
+    session->last    = e.last;
+    session->created = e.created;
 
-    const auto end = [this, id_slot, name, t_start, n_tokens = session.tokens.size(), done = std::move(done)](const json & header, const common_atlas_error * err) {
+    const auto end = [this, id_slot, name, t_start, n_tokens = session->tokens.size(), done = std::move(done)](const json & header, const common_atlas_error * err) {
         entry & e = get(id_slot);
         e.busy = false;
         const bool own = common_atlas_store::session_name(name) == e.name;
@@ -225,7 +225,7 @@ void server_atlas::save(int id_slot, const server_tokens & tokens, const std::st
     };
 
     const auto begin = [this, id_slot, name, session, end](std::vector<uint8_t> && room) {
-        const auto saving = files().save_begin(name, id_slot, session, std::move(room));
+        const auto saving = files().save_begin(name, id_slot, *session, std::move(room));
         submit([this, saving, end, keep = names()]() {
             json header;
             std::shared_ptr<common_atlas_error> err;
@@ -241,7 +241,7 @@ void server_atlas::save(int id_slot, const server_tokens & tokens, const std::st
     };
 
     try {
-        const size_t size = files().cells_size(id_slot);
+        const size_t size = files().room_for(id_slot);
         e.busy = true;
         submit([this, size, begin, end]() {
             // touched here, so that the system finds its pages while decoding goes on

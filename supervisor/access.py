@@ -117,7 +117,7 @@ class Access:
         self._salt = b""
         self._callers: dict[bytes, Caller] = {}
         self._seen: Signature | None = None
-        self._follower = Follower(self.look)
+        self._follower = Follower([self.path], self.look)
 
     # Requests
 
@@ -150,7 +150,8 @@ class Access:
 
     def follow(self) -> None:
         """From now on take over what changes in the file, until `stop`."""
-        self._follower.start(POLL_SECONDS)
+        if not self._off_for_good:
+            self._follower.start(POLL_SECONDS)
 
     async def stop(self) -> None:
         """Look at the file no more."""

@@ -279,6 +279,10 @@ class Child:
             return self.pool.heard()
         return True
 
+    def busy(self) -> bool:
+        """Tell whether requests are in flight."""
+        return self.pool.busy
+
     def waits(self) -> bool:
         """Tell whether requests are in flight and none has got a byte since the last time."""
         return self.pool.busy and not self.pool.heard()

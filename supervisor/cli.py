@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from supervisor import __version__
+from supervisor import __version__, lean
 from supervisor.cli_options import client, client_options, config_option, example, json_option
 from supervisor.console import console, duration, print_json, safe, say, table
 from supervisor.errors import ConfigError, SupervisorError
@@ -186,8 +186,9 @@ def start(config: Path | None, as_json: bool, **options: Any) -> int:
     An option here wins over its environment variable, and that over the configuration file; every other
     setting has its place in those two.
     """
-    from supervisor import process  # noqa: PLC0415 (aiohttp is slow to import)
-    from supervisor.settings import load as load_settings  # noqa: PLC0415
+    with lean.imports():
+        from supervisor import process  # noqa: PLC0415 (aiohttp is slow to import)
+        from supervisor.settings import load as load_settings  # noqa: PLC0415
 
     given: dict[str, dict[str, Any]] = {}
     for name, value in options.items():

@@ -64,7 +64,7 @@ class Live:
         self._lock = asyncio.Lock()
         self._seen: Signature | None = None
         self._moving = False
-        self._follower = Follower(self._look)
+        self._follower = Follower([settings.path] if settings.path is not None else [], self._look)
 
     async def reload(self, reason: str) -> Outcome:
         """Read the settings anew and take them over. Raises `ConfigInvalid`, and then nothing has changed."""

@@ -33,7 +33,8 @@ class Tls:
         self._cert = server.tls_cert
         self._key = server.tls_key
         self._seen: tuple[Signature | None, ...] = ()
-        self._follower = Follower(self.look)
+        self._paths = [path for path in (self._cert, self._key) if path is not None]
+        self._follower = Follower(self._paths, self.look)
 
     def start(self) -> None:
         """Read the certificate. Raises `CertificateError`."""
@@ -66,7 +67,7 @@ class Tls:
         log.info("the certificate in %s was renewed", self._cert)
 
     def _signatures(self) -> tuple[Signature | None, ...]:
-        return tuple(signature(path) for path in (self._cert, self._key) if path is not None)
+        return tuple(map(signature, self._paths))
 
 
 def server_context(cert: Path, key: Path | None) -> ssl.SSLContext:

@@ -9,6 +9,9 @@ import pytest
 
 from supervisor import watchdog
 from supervisor.watchdog import (
+    ANSWER_SECONDS,
+    IDLE_LOOK_SECONDS,
+    LOOK_SECONDS,
     QUIET_SECONDS,
     SILENT_SECONDS,
     STUCK_SECONDS,
@@ -41,6 +44,16 @@ def test_a_child_that_does_nothing_hangs(status):
     found = looks(verdict, 60, status=status)
     assert found is not None
     assert QUIET_SECONDS <= found < 5
+
+
+@pytest.mark.parametrize("pause", [LOOK_SECONDS, IDLE_LOOK_SECONDS])
+def test_one_that_hangs_right_after_an_answer_is_found_in_time(pause):
+    verdict = Verdict(0)
+    assert verdict.look(0, alive=True, effort=Effort(1, SLEEPS)) is None
+    now = pause + ANSWER_SECONDS
+    while not verdict.look(now, alive=False, effort=Effort(1, SLEEPS)):
+        now += ANSWER_SECONDS
+    assert QUIET_SECONDS <= now < 4.5
 
 
 def test_one_that_works_or_reads_has_a_minute():
@@ -123,6 +136,9 @@ class Child:
         self.left -= 1
         return Effort(1, self.status) if self.left >= 0 else None
 
+    def busy(self) -> bool:
+        return True
+
     def waits(self) -> bool:
         return True
 
@@ -134,7 +150,14 @@ class Child:
 
 @pytest.fixture
 def fast(monkeypatch):
-    for name in ("LOOK_SECONDS", "ANSWER_SECONDS", "QUIET_SECONDS", "SUSPECT_SECONDS", "STUCK_SECONDS"):
+    for name in (
+        "LOOK_SECONDS",
+        "IDLE_LOOK_SECONDS",
+        "ANSWER_SECONDS",
+        "QUIET_SECONDS",
+        "SUSPECT_SECONDS",
+        "STUCK_SECONDS",
+    ):
         monkeypatch.setattr(watchdog, name, 0.001)
 
 

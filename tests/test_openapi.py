@@ -44,6 +44,12 @@ async def test_it_is_served(front):
     assert (await front.ask("GET", openapi.PATH))[0] == 401
 
 
+async def test_it_asks_for_no_key_where_none_is_needed(open_front):
+    _, found, _ = await open_front.ask("GET", openapi.PATH)
+    operations = [one for methods in found["paths"].values() for one in methods.values()]
+    assert all(one["security"] == [] and "401" not in one["responses"] for one in operations)
+
+
 NAMES = ["one", "uno", "two", "auto", "none", "", "ONE", "a/b", "..", "%", "\0", "é", "x" * 3000, " one "]
 
 

@@ -15,6 +15,7 @@ from aiohttp import web
 from supervisor import __version__
 from supervisor.config import KarenSection, PerformanceSection
 from supervisor.routes.gate import Need, needs
+from supervisor.routes.keys import ACCESS
 
 PATH: Final = "/api/v1/openapi.json"
 
@@ -26,6 +27,7 @@ EVENTS: Final = "text/event-stream"
 
 _NAME: Final = {"type": "string", "minLength": 1}
 _FLAG: Final = {"type": "boolean"}
+_TEXT: Final = {"type": "string"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "GET /v1/health": _HEALTH,
     "GET /livez": _HEALTH,
     "GET /readyz": Operation(errors=(503,)),
-    "GET /metrics": Operation((TEXT,), {"model": _NAME}, errors=(404, 422, 501, 502, 503, 504)),
-    "GET /v1/models": Operation(query={"reload": {"type": "string"}}),
-    "GET /models": Operation(query={"reload": {"type": "string"}}),
+    "GET /metrics": Operation((TEXT,), {"model": _TEXT}, errors=(404, 422, 501, 502, 503, 504)),
+    "GET /v1/models": Operation(query={"reload": _TEXT}),
+    "GET /models": Operation(query={"reload": _TEXT}),
     "GET /v1/models/{id}": _ONE_MODEL,
     "POST /models/load": Operation(
         body=_object(("model",), model=_NAME, parameters=_plain(PerformanceSection)), errors=(404, 422, 507)
@@ -88,20 +90,21 @@ OPERATIONS: Final[dict[str, Operation]] = {
         errors=(404, 422, 429, 502, 503, 504, 507),
     ),
     "GET /performance": Operation(),
-    "GET /karen/config": Operation(query={"model": _NAME}, errors=(404, 422)),
+    "GET /karen/config": Operation(query={"model": _TEXT}, errors=(404, 422)),
     "POST /karen/config": Operation(body=_plain(KarenSection)),
 }
 """The routes of the families `models`, `karen` and `admin`, and this one."""
 
 
-def document(app: web.Application) -> Json:
-    """Return the document; the summaries are the first lines of the handlers' docstrings."""
+def document(app: web.Application, *, keys: bool = True) -> Json:
+    """Return the document; the summaries are the first lines of the handlers' docstrings. `keys`: they are required."""
     paths: dict[str, Json] = {}
     by_name = needs()
     for method, path, handler in _routes(app):
         name = f"{method} {path}"
         if (operation := OPERATIONS.get(name)) is not None:
-            paths.setdefault(path, {})[method.lower()] = _describe(name, operation, by_name[name], handler)
+            need = by_name[name] if keys else "nothing"
+            paths.setdefault(path, {})[method.lower()] = _describe(name, operation, need, handler)
     return {
         "openapi": "3.1.0",
         "info": {"title": "llama-supervisor", "version": __version__},
@@ -148,7 +151,7 @@ def _responses(operation: Operation, *, open_to_all: bool) -> Json:
 
 async def openapi(request: web.Request) -> web.StreamResponse:
     """GET /api/v1/openapi.json: this document."""
-    return web.json_response(document(request.app))
+    return web.json_response(document(request.app, keys=request.app[ACCESS].on))
 
 
 def add(app: web.Application) -> None:

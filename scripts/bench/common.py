@@ -68,6 +68,9 @@ def warm_page_cache(path: Path) -> None:
 
 # A supervisor
 
+COMPILED = tempfile.TemporaryDirectory(prefix="lsb-pycache")
+"""Where supervisors keep their compiled modules: the first one makes them, as the first start of an installation."""
+
 
 class Workspace:
     """A temporary folder with a models folder, a runtime folder and a configuration; short enough for sockets."""
@@ -98,7 +101,7 @@ class Workspace:
             "HOME": str(self.root / "home"),
             "TMPDIR": str(self.temp),
             "PYTHONPATH": str(REPOSITORY),
-            "PYTHONPYCACHEPREFIX": str(self.root / "pycache"),
+            "PYTHONPYCACHEPREFIX": COMPILED.name,
         }
 
     def start(self) -> Supervisor:

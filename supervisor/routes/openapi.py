@@ -85,7 +85,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "POST /inference": Operation(
         (JSON, EVENTS),
         body=_object(
-            ("prompt",), prompt=_NAME, model=_NAME, model_id=_NAME, parameters={"type": "object"}, stream=_FLAG
+            ("prompt",), prompt=_NAME, model=_TEXT, model_id=_TEXT, parameters={"type": "object"}, stream=_FLAG
         ),
         errors=(404, 422, 429, 502, 503, 504, 507),
     ),

@@ -111,6 +111,7 @@ async def test_a_child_that_dies_within_a_stream(open_front):
         ({"prompt": ""}, "prompt"),
         ({"prompt": ["Hi"]}, "prompt"),
         ({"prompt": "Hi", "parameters": [1]}, "parameters"),
+        ({"prompt": "Hi", "parameters": 0}, "parameters"),
         ({"prompt": "Hi", "parameters": {"messages": []}}, "parameters.messages"),
         ({"prompt": "Hi", "stream": "yes"}, "stream"),
         ({"prompt": "Hi", "model_id": 5}, "model_id"),

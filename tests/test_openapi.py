@@ -74,7 +74,8 @@ class Chance(random.Random):
             return self.choice(schema["enum"])
         if "anyOf" in schema:
             return self.by(self.choice(schema["anyOf"]))
-        match schema.get("type"):
+        kind = schema.get("type")
+        match kind[0] if isinstance(kind, list) else kind:
             case "object":
                 properties = schema.get("properties", {})
                 return {key: self.by(one) for key, one in properties.items() if self.random() < 0.7}

@@ -90,7 +90,9 @@ async def inference(request: web.Request) -> web.StreamResponse:
 
 def _chat_body(asked: Json) -> Json:
     """Return the chat that a prompt becomes. Raises `BadRequest`."""
-    prompt, parameters, stream = asked.get("prompt"), asked.get("parameters") or {}, asked.get("stream", False)
+    prompt, parameters, stream = asked.get("prompt"), asked.get("parameters"), asked.get("stream", False)
+    if parameters is None:
+        parameters = {}
     if not isinstance(prompt, str) or not prompt:
         raise BadRequest("'prompt' must be a text", param="prompt")
     if not isinstance(parameters, dict):

@@ -28,6 +28,7 @@ EVENTS: Final = "text/event-stream"
 _NAME: Final = {"type": "string", "minLength": 1}
 _FLAG: Final = {"type": "boolean"}
 _TEXT: Final = {"type": "string"}
+_TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,12 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "POST /inference": Operation(
         (JSON, EVENTS),
         body=_object(
-            ("prompt",), prompt=_NAME, model=_TEXT, model_id=_TEXT, parameters={"type": "object"}, stream=_FLAG
+            ("prompt",),
+            prompt=_NAME,
+            model=_TEXT_OR_NULL,
+            model_id=_TEXT_OR_NULL,
+            parameters={"type": ["object", "null"]},
+            stream=_FLAG,
         ),
         errors=(404, 422, 429, 502, 503, 504, 507),
     ),

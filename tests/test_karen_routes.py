@@ -115,6 +115,8 @@ async def test_a_child_that_dies_within_a_stream(open_front):
         ({"prompt": "Hi", "parameters": {"messages": []}}, "parameters.messages"),
         ({"prompt": "Hi", "stream": "yes"}, "stream"),
         ({"prompt": "Hi", "model_id": 5}, "model_id"),
+        ({"prompt": "Hi", "model": "one", "model_id": {}}, "model_id"),
+        ({"prompt": "Hi", "model": 0}, "model"),
     ],
 )
 async def test_inference_refuses(open_front, body, param):

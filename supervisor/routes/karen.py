@@ -63,9 +63,10 @@ async def inference(request: web.Request) -> web.StreamResponse:
     """POST /inference {"prompt", "parameters", "stream", "model_id"}: the answer as a chat's, with its timing."""
     asked = await json_object(request)
     body = _chat_body(asked)
-    name = asked.get("model", asked.get("model_id"))
-    if name is not None and not isinstance(name, str):
-        raise BadRequest("'model_id' must be a string", param="model_id")
+    for key in ("model", "model_id"):
+        if not isinstance(asked.get(key), str | None):
+            raise BadRequest(f"'{key}' must be a string", param=key)
+    name = asked.get("model") or asked.get("model_id")
     model = request.app[CATALOG].resolve(name, request.app[FLEET].running())
     permit(request, model)
     content = json.dumps(body | {"model": model.id}).encode()

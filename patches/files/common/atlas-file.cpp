@@ -31,7 +31,8 @@ static constexpr size_t   ATLAS_HEADER_MAX  = 4 << 20;
 static constexpr int      ATLAS_DEPTH_MAX   = 16;
 static constexpr size_t   ATLAS_VALUES_MAX  = 256 << 10; // of the header
 static constexpr size_t   ATLAS_FRAME_MAX   = 8 << 20;   // raw
-static constexpr size_t   ATLAS_FRAME       = 4 << 20;   // ... of those that are written: for several threads to share the work
+static constexpr size_t   ATLAS_FRAME_MIN   = 1 << 20;   // ... of those that are written
+static constexpr size_t   ATLAS_FRAMES      = 4096;      // about as many at most, as long as they are not too large
 
 static constexpr size_t   ATLAS_SYNC_STEP   = 8 << 20; // bytes
 
@@ -135,9 +136,10 @@ atlas_frame atlas_frame::of(llama_atlas_part part, int32_t layer, size_t stride)
     return res;
 }
 
-// how long a thread that works beside the decoding rests after a frame: a CPU that is idle for a moment takes over a
-// thread of the decoding that shares a CPU with another; else both can stay there for a second, each waiting for the other
-static constexpr auto ATLAS_REST = std::chrono::milliseconds(1);
+// how long a thread that works beside the decoding rests after a frame, which takes some 3 ms: a CPU that is idle for a
+// moment takes over a thread of the decoding that shares a CPU with another; else both can stay there for a second, each
+// waiting for the other
+static constexpr auto ATLAS_REST = std::chrono::microseconds(250);
 
 // do something with a frame, in another thread if there is one to spare
 template <typename F>
@@ -180,12 +182,13 @@ static FILE * create_private(const std::string & path) {
 }
 
 atlas_writer::atlas_writer(const std::string & path, const json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers)
-    : path(path), f(create_private(path)), level(level), n_workers(std::move(n_workers)) {
+    : path(path), f(create_private(path)), level(level), n_workers(std::move(n_workers)),
+      n_frame(std::clamp(raw_max/ATLAS_FRAMES, ATLAS_FRAME_MIN, ATLAS_FRAME_MAX)) {
     if (!f) {
         throw atlas_io_error("cannot create", path);
     }
     // the header comes first, but its table is only known in the end
-    const size_t n_frames = 16 + 3*n_layer + raw_max/(ATLAS_FRAME/2);
+    const size_t n_frames = 16 + 3*n_layer + raw_max/(n_frame/2);
     n_header = header.dump().size() + 64 + 192*n_frames;
     if (n_header > ATLAS_HEADER_MAX) {
         throw common_atlas_error(413, "the memory is too large for a file: " + std::to_string(raw_max >> 20) + " MiB");
@@ -293,7 +296,7 @@ void atlas_writer::add(const atlas_frame & kind, const void * src, size_t size) 
         flush();
         cur = kind;
     }
-    const size_t max = ATLAS_FRAME/kind.stride*kind.stride;
+    const size_t max = n_frame/kind.stride*kind.stride;
     for (size_t i = 0; i < size; ) {
         const size_t n = std::min(size - i, max - data.size());
         data.insert(data.end(), (const uint8_t *) src + i, (const uint8_t *) src + i + n);

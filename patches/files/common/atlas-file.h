@@ -93,6 +93,7 @@ private:
     atlas_file_ptr f;
     int32_t level;
     atlas_workers n_workers;
+    size_t n_frame; // raw bytes of a frame at most
     size_t n_header;
     size_t n_written = 0; // bytes of frames
     size_t n_begun   = 0; // ... that are on their way to the disk

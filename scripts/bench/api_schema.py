@@ -80,7 +80,7 @@ def main() -> int:
         question = {"model": "a", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         running.call("POST", "/v1/chat/completions", question)  # and it still answers
     print_machine(before)
-    return min(found, 1)
+    return found if found in (0, 1) else 2
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ VERSION = 1
 FIXED = struct.Struct("<8sII")
 """Magic, version, size of the header. An XXH64 follows the header."""
 
+MORE = b"ATLASGEN"
+RECORD = struct.Struct("<8sQQQQ")
+"""What begins a later generation: magic, size of its frames, size of its header, XXH64 of that, XXH64 of all before."""
+
 HEADER_MAX = 4 << 20
 FRAME_MAX = 8 << 20
 """Largest frame when decompressed."""
@@ -38,6 +42,8 @@ class Frame(msgspec.Struct, frozen=True):
     stored: int
     shuffle: int
     xxh64: str
+    offset: int = -1
+    """Where it is in the file, which only later generations say."""
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -68,8 +74,10 @@ class MemoryFile:
 
     path: Path
     header: Header
-    data: int
-    """Where the first frame starts."""
+    """That of the newest generation, each frame with its offset."""
+    generations: int = 1
+    end: int = 0
+    """Where that generation ends; what is behind was never completed."""
 
     def summary(self) -> dict[str, Any]:
         """Return the header as JSON has it, the frames summed up by purpose."""
@@ -81,13 +89,14 @@ class MemoryFile:
             part["stored"] += frame.stored
         about: dict[str, Any] = msgspec.to_builtins(self.header)
         del about["frames"]
-        return {"file": self.path.name, "bytes": self.path.stat().st_size} | about | {"parts": parts}
+        known = {"file": self.path.name, "bytes": self.path.stat().st_size, "generations": self.generations}
+        return known | about | {"parts": parts}
 
     def verify(self) -> None:
         """Read and decompress every frame. Raises `CorruptMemory`."""
         with self.path.open("rb") as file:
-            file.seek(self.data)
             for number, frame in enumerate(self.header.frames):
+                file.seek(frame.offset)
                 self._verify_frame(file, number, frame)
 
     def _verify_frame(self, file: BinaryIO, number: int, frame: Frame) -> None:
@@ -113,42 +122,84 @@ class MemoryFile:
 
 
 def read(path: Path) -> MemoryFile:
-    """Read the header of a memory file and check it. Raises `CorruptMemory`, and OSError when it cannot be read."""
+    """Read the newest header of a memory file and check it.
+
+    Raises `CorruptMemory`, and OSError when it cannot be read.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
-        header, data = _read_header(file, size, path.name)
-    total = data + sum(frame.stored for frame in header.frames)
-    if total != size:
-        raise CorruptMemory(f"{path.name}: corruption: the file has {size} bytes instead of {total}")
-    return MemoryFile(path, header, data)
+        try:
+            header, end = _read_front(file, size)
+            generations = 1
+            while found := _read_generation(file, size, end):
+                header, end = found
+                generations += 1
+        except CorruptMemory as error:
+            raise CorruptMemory(f"{path.name}: corruption: {error}") from error
+    return MemoryFile(path, header, generations, end)
 
 
-def _read_header(file: BinaryIO, size: int, name: str) -> tuple[Header, int]:
-    def corrupt(what: str) -> CorruptMemory:
-        return CorruptMemory(f"{name}: corruption: {what}")
-
+def _read_front(file: BinaryIO, size: int) -> tuple[Header, int]:
+    """Return the first header and where its generation ends; the frames are one behind the other."""
     fixed = file.read(FIXED.size)
     if len(fixed) < FIXED.size or not fixed.startswith(MAGIC):
-        raise corrupt("this is no memory file")
+        raise CorruptMemory("this is no memory file")
     _, version, length = FIXED.unpack(fixed)
     if version != VERSION:
-        raise corrupt(f"version {version} of the format is unknown")
+        raise CorruptMemory(f"version {version} of the format is unknown")
     if length > HEADER_MAX or FIXED.size + length + 8 > size:
-        raise corrupt("the header is longer than the file")
+        raise CorruptMemory("the header is longer than the file")
     text = file.read(length)
     checksum = file.read(8)
     if xxhash.xxh64(fixed + text).intdigest().to_bytes(8, "little") != checksum:
-        raise corrupt("the checksum of the header is wrong")
+        raise CorruptMemory("the checksum of the header is wrong")
+    header = _parse(text, size)
+    end = FIXED.size + length + 8
+    frames = []
+    for frame in header.frames:
+        frames.append(msgspec.structs.replace(frame, offset=end))
+        end += frame.stored
+    if end > size:
+        raise CorruptMemory(f"the file has {size} bytes instead of {end}")
+    return msgspec.structs.replace(header, frames=frames), end
+
+
+def _read_generation(file: BinaryIO, size: int, start: int) -> tuple[Header, int] | None:
+    """Return the header of the generation that begins at `start`, and where that ends; None when there is none."""
+    if start == size:
+        return None
+    file.seek(start)
+    record = file.read(RECORD.size)
+    if record == bytes(RECORD.size):
+        return None  # it was never completed
+    wrong = CorruptMemory(f"behind the first {start} bytes, the file is damaged")
+    if len(record) < RECORD.size or not record.startswith(MORE):
+        raise wrong
+    _, frames, length, text_hash, own_hash = RECORD.unpack(record)
+    begin, end = start + RECORD.size + frames, start + RECORD.size + frames + length
+    if xxhash.xxh64(record[:-8]).intdigest() != own_hash or end > size or length > HEADER_MAX:
+        raise wrong
+    file.seek(begin)
+    text = file.read(length)
+    if xxhash.xxh64(text).intdigest() != text_hash:
+        raise CorruptMemory("the checksum of the header is wrong")
+    header = _parse(text, size)
+    if any(frame.offset < 0 or frame.offset + frame.stored > begin for frame in header.frames):
+        raise CorruptMemory("a frame is not in the file")
+    return header, end
+
+
+def _parse(text: bytes, size: int) -> Header:
     try:
         header = msgspec.json.decode(text, type=Header)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise corrupt(f"the header cannot be understood: {error}") from error
+        raise CorruptMemory(f"the header cannot be understood: {error}") from error
     for frame in header.frames:
         if not (0 <= frame.raw <= FRAME_MAX and 0 <= frame.stored <= size):
-            raise corrupt("a frame is larger than allowed")
+            raise CorruptMemory("a frame is larger than allowed")
     if 4 * header.session.n_tokens != sum(frame.raw for frame in header.frames if frame.purpose == "tokens"):
-        raise corrupt("the number of tokens is wrong")
-    return header, FIXED.size + length + 8
+        raise CorruptMemory("the number of tokens is wrong")
+    return header
 
 
 def find(folder: Path) -> list[Path]:

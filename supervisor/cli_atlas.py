@@ -116,7 +116,8 @@ def inspect(files: tuple[Path, ...], as_json: bool) -> None:
         session = about["session"]
         say(f"{about['file']}: {session['n_tokens']} tokens, {session['n_archived']} of them archived")
         say(f"  model    {about['model'].get('description', '')} ({about['model'].get('hash', '')})")
-        say(f"  created  {_time(session['created'])}, saved {_time(session['saved'])}")
+        grown = f", {about['generations'] - 1} of its saves behind the first" if about["generations"] > 1 else ""
+        say(f"  created  {_time(session['created'])}, saved {_time(session['saved'])}{grown}")
         say(f"  cells    {about['params'].get('cells')} memory cells, window {about['params'].get('window')}")
         for purpose, part in about["parts"].items():
             say(f"  {purpose:8} {part['stored'] / 1e6:.1f} of {part['raw'] / 1e6:.1f} MB in {part['frames']} frames")

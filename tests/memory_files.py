@@ -27,3 +27,20 @@ def memory_file(changes: dict[str, Any] | None = None, name: str = "book", saved
     text = json.dumps(header).encode() + b"   "
     head = struct.pack("<8sII", b"ATLASMEM", 1, len(text)) + text
     return head + xxhash.xxh64(head).intdigest().to_bytes(8, "little") + data
+
+
+def grown(data: bytes, tokens: int = 6) -> bytes:
+    """Return a file with one more generation: other tokens, the rest as the first generation has it."""
+    size = struct.unpack_from("<I", data, 12)[0]
+    header = json.loads(data[16 : 16 + size])
+    raw = b"\1\0\0\0" * tokens
+    stored = zstandard.ZstdCompressor(write_checksum=True).compress(raw)
+    at, frames = 24 + size, []
+    for frame in header["frames"]:
+        frames.append(frame | {"offset": at})
+        at += frame["stored"]
+    frames[0] |= {"raw": len(raw), "stored": len(stored), "xxh64": xxhash.xxh64(stored).hexdigest()}
+    frames[0]["offset"] = len(data) + 40
+    text = json.dumps(header | {"session": header["session"] | {"n_tokens": tokens}, "frames": frames}).encode()
+    record = struct.pack("<8sQQQ", b"ATLASGEN", len(stored), len(text), xxhash.xxh64(text).intdigest())
+    return data + record + xxhash.xxh64(record).intdigest().to_bytes(8, "little") + stored + text

@@ -14,11 +14,13 @@ import xxhash
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_files import PARTS, memory_file
+from memory_files import PARTS, grown, memory_file
 
 from supervisor import atlas_file
 
 GOOD = memory_file()
+GROWN = grown(GOOD)
+TWICE = grown(GROWN, 7)
 
 
 def check(folder: Path, data: bytes) -> None:
@@ -50,6 +52,38 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
 def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, at: int, bit: int) -> None:
     with pytest.raises(atlas_file.CorruptMemory):
         check(tmp_path_factory.getbasetemp(), GOOD[:at] + bytes([GOOD[at] ^ 1 << bit]) + GOOD[at + 1 :])
+
+
+def test_the_newest_generation_is_read(tmp_path: Path) -> None:
+    for number, data in enumerate((GOOD, GROWN, TWICE)):
+        check(tmp_path, data)
+        summary = atlas_file.read(tmp_path / "x.atlas").summary()
+        assert (summary["session"]["n_tokens"], summary["generations"]) == (5 + number, 1 + number)
+    done = subprocess.run(
+        [sys.executable, "-m", "supervisor", "atlas", "inspect", str(tmp_path / "x.atlas")],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "x.atlas: 7 tokens" in done.stdout and "2 of its saves behind the first" in done.stdout
+
+
+@pytest.mark.parametrize("more", [b"", GROWN[len(GOOD) + 40 :], bytes(1000)])
+def test_a_generation_that_was_never_completed_does_not_count(tmp_path: Path, more: bytes) -> None:
+    check(tmp_path, GOOD + bytes(40) + more)
+    assert atlas_file.read(tmp_path / "x.atlas").generations == 1
+    check(tmp_path, GROWN + bytes(40) + more)
+    assert atlas_file.read(tmp_path / "x.atlas").generations == 2
+
+
+def test_every_damage_behind_the_first_generation_is_found(tmp_path: Path) -> None:
+    for size in range(len(GOOD) + 1, len(GROWN)):
+        with pytest.raises(atlas_file.CorruptMemory):
+            check(tmp_path, GROWN[:size])
+    for at in range(len(GOOD), len(GROWN)):
+        with pytest.raises(atlas_file.CorruptMemory):
+            check(tmp_path, GROWN[:at] + bytes([GROWN[at] ^ 1 << at % 8]) + GROWN[at + 1 :])
+    for more in (b"\0", b"ATLASGEN", b"x" * 40, GOOD):
+        with pytest.raises(atlas_file.CorruptMemory):
+            check(tmp_path, GROWN + more)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 """What becomes of a session that cannot be written? A full disk, and what else may be wrong with the folder.
 
 `full`: a tmpfs of 1 MiB, for which this has to be root, or has to run in `unshare -Urm`. `limit`: files may not grow
-beyond a size (RLIMIT_FSIZE), which needs no rights and fails in the same place. `read-only`: nothing may be made in the
-folder; `closed`: it may not even be looked into; `gone`: there is no such folder any more. `lock`: another process has
-the session. Root may do everything, so llama-server is started without that right (CAP_DAC_OVERRIDE).
+beyond a size (RLIMIT_FSIZE), which needs no rights and fails in the same place; `grown`: the same for a long session,
+whose file grows. `read-only`: nothing may be made in the folder; `closed`: it may not even be looked into; `gone`:
+there is no such folder any more. `lock`: another process has the session. Root may do everything, so llama-server is
+started without that right (CAP_DAC_OVERRIDE).
 Each time: a request is answered and its `atlas.saved.error` has the reason, the route gives an error with it, the file
 from before is whole and nothing lies beside it, others are served, and all is well again when the hindrance is gone.
 """
@@ -31,6 +32,9 @@ TOKENS = 400
 LIMIT = 150_000
 """Largest file in bytes in `limit`: a session of TOKENS fits, one of twice as many does not."""
 
+LONG, LONG_LIMIT = 5000, 2_000_000
+"""The same in `grown`, where a save goes behind what the file has."""
+
 WRAPPER = """\
 #!{python}
 import ctypes, os, resource, signal, sys
@@ -48,7 +52,7 @@ os.execv({server!r}, [{server!r}, *sys.argv[1:]])
 class Scene:
     """A server that has saved the session `book` once, and what is checked while it cannot save it again."""
 
-    def __init__(self, binary: Path, folder: Path, limit: int = 0) -> None:
+    def __init__(self, binary: Path, folder: Path, limit: int = 0, turn: int = TOKENS) -> None:
         program = folder / "llama-server"
         program.write_text(WRAPPER.format(python=sys.executable, limit=limit, server=str(binary)))
         program.chmod(0o755)
@@ -56,6 +60,7 @@ class Scene:
         self.running = MemoryServer(program, tiny_model(folder), folder, *words)
         self.memory = self.running.memory
         self.book = self.memory / "book.atlas"
+        self.turn = turn
         self.wrong: list[str] = []
 
     def __enter__(self) -> Scene:
@@ -66,9 +71,10 @@ class Scene:
     def __exit__(self, *error: object) -> None:
         self.running.__exit__(*error)
 
-    def read(self, name: str = "book", tokens: int = TOKENS, **atlas: Any) -> tuple[int, Json]:
+    def read(self, name: str = "book", tokens: int = 0, **atlas: Any) -> tuple[int, Json]:
         """Add tokens to a session."""
-        return self.running.complete([40 + number % 50 for number in range(tokens)], 1, memory_file=name, **atlas)
+        prompt = [40 + number % 50 for number in range(tokens or self.turn)]
+        return self.running.complete(prompt, 1, memory_file=name, **atlas)
 
     def demand(self, what: bool, complaint: str, answer: object = "") -> None:
         """Note a complaint when something is not as it should be."""
@@ -132,6 +138,23 @@ def limit(binary: Path, folder: Path) -> list[str]:
         scene.loads()
         answer = scene.running.want(scene.read(tokens=20, append=True))  # fits
         scene.demand("bytes" in answer["atlas"]["saved"], "a smaller session is not saved", answer["atlas"])
+    return scene.wrong
+
+
+def grown(binary: Path, folder: Path) -> list[str]:
+    """A file that grows may not grow beyond LONG_LIMIT."""
+    with Scene(binary, folder, LONG_LIMIT, LONG) as scene:
+        answer = scene.running.want(scene.read(tokens=20, append=True))
+        saved = answer["atlas"]["saved"]
+        scene.demand(saved.get("written", 0) < saved.get("bytes", 0), "the file does not grow", saved)
+        scene.saved = scene.book.read_bytes()
+        scene.tokens = saved_tokens(scene.book)[0]
+        scene.cannot("File too large")
+        scene.whole()
+        scene.loads()
+        answer = scene.running.want(scene.read(tokens=20, append=True))  # fits
+        scene.demand("bytes" in answer["atlas"]["saved"], "a smaller session is not saved", answer["atlas"])
+        scene.demand(scene.book.read_bytes().startswith(scene.saved), "the file has not grown")
     return scene.wrong
 
 
@@ -248,7 +271,7 @@ def lock(binary: Path, folder: Path) -> list[str]:
 
 
 SCENES: dict[str, Callable[[Path, Path], list[str]]] = {
-    "full": full, "limit": limit, "read-only": read_only, "closed": closed, "gone": gone, "lock": lock,
+    "full": full, "limit": limit, "grown": grown, "read-only": read_only, "closed": closed, "gone": gone, "lock": lock,
 }  # fmt: skip
 
 

@@ -4,14 +4,15 @@
 Each round, a server over the same folder brings sessions into its slots and saves some: at the end of a request
 (`end`), by `POST /v1/atlas/memory/save` (`route`), because another session needs the slot (`push`), by auto-save
 (`auto`), at SIGUSR1 (`signal`), at SIGTERM (`stop`). It gets SIGKILL at a random moment of that, in every other round
-counted from the moment when a temporary file appears. Then each session's file must be whole, its tokens must be one of
-the states that were saved or being saved, none older than the last that a client was told of, and its lock must be
-free; the next server must load each session with these tokens, and leave no temporary file and not more backups than it
-keeps.
+counted from the moment when a temporary file appears, or a file grows. Then each session's file must be whole, its
+tokens must be one of the states that were saved or being saved, none older than the last that a client was told of,
+and its lock must be free; the next server must load each session with these tokens, and leave no temporary file and
+not more backups than it keeps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import random
@@ -29,13 +30,15 @@ from atlas_common import steps
 from atlas_server import Gone, MemoryServer, saved_tokens, tiny_model, workplace
 from common import BenchError, Json, machine_state, model_file, parser, print_machine, run_main, server_of
 
+from supervisor.atlas_file import CorruptMemory, read
+
 WEIGHTS = {"end": 4, "route": 2, "push": 2, "stop": 1, "signal": 1, "auto": 1}
 """How often each kind of save is played; auto-save takes more than a second."""
 
 SESSIONS = ("one", "two", "three", "four")
 SLOTS, BACKUPS = 2, 2
 LONG = 1200
-"""Tokens after which a session is begun again."""
+"""Tokens after which a session is begun again, or four times as many as it begins with."""
 
 WORDS = ["-np", str(SLOTS), "-t", "1", "--atlas-memory-backup-count", str(BACKUPS), "--atlas-auto-save-interval", "1"]
 FINAL = re.compile(r"(?P<name>[a-z]+)(?:\.atlas|_\d+\.atlas\.bak)|\.[a-z]+\.lock")
@@ -48,17 +51,23 @@ class Session:
     """What may be in a session's file: the states since the last one that a client was told of, that one first."""
 
     name: str
+    first: int = 0  # tokens that it begins with, besides those of any turn
     states: list[list[int]] = field(default_factory=lambda: [[]])
     last: int = -1
     unsure: int = 0  # kills since then that may have met a save of it; each may leave a backup too many
 
     def read(self, prompt: list[int]) -> Json:
         """Add the state after `prompt`, to which the session is reset when it is long; return the `atlas` object."""
-        if begin := len(self.states[0]) > LONG or not self.states[0]:
+        if begin := self.begins:
             self.states.append(prompt)
         else:
             self.states.append(self.states[0] + [self.last] * (self.last >= 0) + prompt)
         return {"memory_file": self.name, "append": True, "reset": "hard" if begin else "none"}
+
+    @property
+    def begins(self) -> bool:
+        """Whether its next turn is its first."""
+        return not self.states[0] or len(self.states[0]) > max(LONG, 4 * self.first)
 
     def told(self) -> None:
         """Note that the newest state is surely saved."""
@@ -73,7 +82,7 @@ class Round:
     operation: str
     aimed: bool
     delay: float  # seconds, from the operation's beginning, or from the temporary file when aimed
-    during: bool = False  # the kill left a temporary file
+    during: bool = False  # the kill left a temporary file, or a save that was not completed behind a session's file
     done: bool = False  # the operation had ended before, or was stronger than the kill
     old: int = 0  # sessions with a state to be saved whose file has the one before
     new: int = 0
@@ -84,11 +93,11 @@ class Round:
 class Campaign:
     """Servers one after the other over one folder, and what its files may hold."""
 
-    def __init__(self, binary: Path, model: Path, folder: Path, rng: random.Random, context: int = 256) -> None:
+    def __init__(self, binary: Path, model: Path, folder: Path, rng: random.Random, first: int = 0) -> None:
         self.binary, self.model, self.folder, self.rng = binary, model, folder, rng
-        self.words = ["-c", str(SLOTS * context), *WORDS]
+        self.words = ["-c", str(SLOTS * 256), *WORDS]
         self.memory = folder / "memory"
-        self.sessions = {name: Session(name) for name in SESSIONS}
+        self.sessions = {name: Session(name, first) for name in SESSIONS}
 
     def prepare(self) -> dict[str, float]:
         """Save every session once, measure; return the seconds of a save and of each operation. A server runs then."""
@@ -126,10 +135,11 @@ class Campaign:
     def play(self, operation: str, aimed: bool, spans: dict[str, float]) -> Round:
         """Kill the running server during `operation`, and check what that left with the next one."""
         played = Round(operation, aimed, self.rng.uniform(0, spans["save" if aimed else operation]))
+        sizes = self.sizes()
         thread = self._begin(operation)
         if aimed:
             until = time.monotonic() + PATIENCE
-            while thread.is_alive() and not self.temporary() and time.monotonic() < until:
+            while thread.is_alive() and not self.temporary() and self.sizes() == sizes and time.monotonic() < until:
                 pass
         _wait(played.delay)
         self.running.process.send_signal(signal.SIGKILL)
@@ -140,7 +150,7 @@ class Campaign:
         if thread.error:
             played.failures.append(thread.error)
         played.done = thread.done
-        played.during = bool(self.temporary())
+        played.during = bool(self.temporary()) or self.unfinished()
         played.failures += self.look(played)
         played.failures += self.check(played)
         return played
@@ -148,11 +158,12 @@ class Campaign:
     def _begin(self, operation: str) -> Operation:
         return Operation(getattr(self, f"_{operation}")())
 
-    def _tokens(self) -> list[int]:
-        return [self.rng.randrange(40, 120) for _ in range(self.rng.randrange(20, 400))]
+    def _tokens(self, session: Session) -> list[int]:
+        count = self.rng.randrange(20, 400) + session.first * session.begins
+        return [self.rng.randrange(40, 120) for _ in range(count)]
 
     def _request(self, session: Session, save: bool) -> Json:
-        prompt = self._tokens()
+        prompt = self._tokens(session)
         answer = self.running.complete(prompt, 1, **session.read(prompt), save_memory=save)
         return self.running.want(answer)
 
@@ -163,7 +174,7 @@ class Campaign:
 
     def _end(self) -> Callable[[], None]:
         (session,) = self._chosen(1)
-        prompt = self._tokens()
+        prompt = self._tokens(session)
         atlas = session.read(prompt)
 
         def request() -> None:
@@ -188,7 +199,7 @@ class Campaign:
         first, second, third = self._chosen(SLOTS + 1)
         self._request(first, False)
         self._request(second, False)
-        prompt = self._tokens()
+        prompt = self._tokens(third)
         atlas = third.read(prompt)
 
         def request() -> None:
@@ -239,6 +250,22 @@ class Campaign:
     def temporary(self) -> list[str]:
         """Return the files that are neither a session, nor a backup, nor a lock."""
         return sorted(path.name for path in self.memory.iterdir() if not FINAL.fullmatch(path.name))
+
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes of the sessions' files."""
+        found = {}
+        for name in self.sessions:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = (self.memory / f"{name}.atlas").stat().st_size
+        return found
+
+    def unfinished(self) -> bool:
+        """Tell whether there is a save behind a session's file that was not completed."""
+        for name, size in self.sizes().items():
+            with contextlib.suppress(CorruptMemory):  # which is found by look()
+                if read(self.memory / f"{name}.atlas").end < size:
+                    return True
+        return False
 
     def look(self, played: Round) -> list[str]:
         """Look at the files after a kill: return what is wrong, and take what is there as the state that holds."""
@@ -329,10 +356,10 @@ def plan(count: int, rng: random.Random) -> list[tuple[str, bool]]:
     return rounds
 
 
-def campaign(binary: Path, model: Path | None, folder: Path, count: int, seed: int) -> list[Round]:
-    """Play `count` rounds."""
+def campaign(binary: Path, model: Path | None, folder: Path, count: int, seed: int, first: int = 0) -> list[Round]:
+    """Play `count` rounds; sessions begin with `first` tokens besides those of any turn."""
     rng = random.Random(seed)
-    made = Campaign(binary, model or tiny_model(folder), folder, rng)
+    made = Campaign(binary, model or tiny_model(folder), folder, rng, first)
     try:
         spans = made.prepare()
         return [made.play(*one, spans) for one in steps(plan(count, rng), "kills")]
@@ -346,10 +373,11 @@ def main() -> int:
     options.add_argument("--model", type=model_file, help="GGUF file; default: a tiny one with random weights")
     options.add_argument("--count", type=int, default=500, help="kills")
     options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--first", type=int, default=0, help="tokens a session begins with; 5000: its file grows")
     given = options.parse_args()
     before, began = machine_state(), time.monotonic()
     with workplace() as folder:
-        rounds = campaign(server_of(given), given.model, folder, given.count, given.seed)
+        rounds = campaign(server_of(given), given.model, folder, given.count, given.seed, given.first)
     failed = sum(bool(one.failures) for one in rounds)
     seconds = round(time.monotonic() - began, 1)
     if given.json:

@@ -67,6 +67,11 @@ def pack(about: Json, raw: bytes) -> tuple[Json, bytes]:
     return about | {"raw": len(raw), "stored": len(stored), "xxh64": xxhash.xxh64(stored).hexdigest()}, stored
 
 
+def flipped(data: bytes, at: int, bit: int) -> bytes:
+    """Return the file with one bit flipped."""
+    return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+
+
 # Damage
 
 
@@ -81,7 +86,7 @@ def flips(good: bytes, count: int, rng: random.Random) -> Iterator[Mutant]:
     size = struct.unpack_from("<I", good, 12)[0]
     for number in range(count):
         at, bit = rng.randrange(24 + size if number % 2 else len(good)), rng.randrange(8)
-        yield Mutant("flip", f"byte {at}, bit {bit}", good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+        yield Mutant("flip", f"byte {at}, bit {bit}", flipped(good, at, bit))
 
 
 def fronts(good: bytes) -> Iterator[Mutant]:
@@ -91,8 +96,8 @@ def fronts(good: bytes) -> Iterator[Mutant]:
     yield Mutant("front", "empty", b"")
     yield Mutant("front", "magic alone", good[:8])
     yield Mutant("front", "zeros", bytes(len(good)))
-    yield Mutant("front", "one byte more", good + b"\0")
-    yield Mutant("front", "twice", good + good)
+    yield Mutant("front", "one byte more", good + b"\0", (200,))  # damage behind what is whole
+    yield Mutant("front", "twice", good + good, (200,))
     for magic in (b"ATLASMEN", b"atlasmem", b"GGUF\3\0\0\0", bytes(8)):
         yield Mutant("front", f"magic {magic!r}", seal(text, rest, magic + good[8:12]))
     for version in (0, 2, 3, 1 << 24, (1 << 32) - 1):
@@ -270,6 +275,67 @@ def bombs(good: bytes) -> Iterator[Mutant]:
         yield Mutant("bomb", f"{tokens} tokens", join(many, [*[stored] * count, *frames[1:]]))
 
 
+# Later generations
+
+
+def grown(good: bytes, header: Json | None = None, frames: bytes = b"", record: bytes = b"") -> bytes:
+    """Return the file with one more generation: the same state, or what `header` says.
+
+    `record`: instead of the right one. The checksums are right.
+    """
+    text = json.dumps(header or placed(good)).encode()
+    made = struct.pack("<8sQQQ", b"ATLASGEN", len(frames), len(text), xxhash.xxh64(text).intdigest())
+    made += xxhash.xxh64(made).intdigest().to_bytes(8, "little")
+    return good + (record or made) + frames + text
+
+
+def placed(good: bytes) -> Json:
+    """Return the header with the place of each frame."""
+    header, frames = split(good)
+    at = len(good) - sum(map(len, frames))
+    for about, frame in zip(header["frames"], frames, strict=True):
+        about["offset"] = at
+        at += len(frame)
+    return header
+
+
+def generations(good: bytes, count: int, rng: random.Random) -> Iterator[Mutant]:
+    """A generation behind the good one: cut, flipped, with hostile sizes, places and values; the first is whole."""
+    whole = grown(good)
+    yield Mutant("generation", "whole", whole, (200,))
+    yield Mutant("generation", "never completed", good + bytes(40) + whole[len(good) + 40 :], (200,))
+    table = placed(good)["frames"]
+    for times in (100, 20_000):
+        many = placed(good) | {"frames": [*table, *[table[-1]] * times]}
+        yield Mutant("generation", f"a frame {times} times", grown(good, many), (200, CORRUPT))
+    for number in range(count):
+        at = rng.randrange(len(good), len(whole))
+        how = number % 5
+        if how == 0:
+            yield Mutant("generation", f"cut at {at}", whole[:at], (200,))
+        elif how == 1:
+            bit = rng.randrange(8)
+            yield Mutant("generation", f"byte {at}, bit {bit}", flipped(whole, at, bit), (200,))
+        elif how == 2:
+            sizes = [
+                rng.choice([0, 1, 39, 40, len(good), 1 << 31, 1 << 32, (1 << 63) - 1, (1 << 64) - 1]) for _ in range(2)
+            ]
+            record = struct.pack("<8sQQQ", b"ATLASGEN", *sizes, rng.getrandbits(64))
+            record += xxhash.xxh64(record).intdigest().to_bytes(8, "little")
+            yield Mutant("generation", f"sizes {sizes}", grown(good, record=record), (200,))
+        elif how == 3:
+            header = placed(good)
+            a, b = rng.randrange(len(table)), rng.randrange(len(table))
+            header["frames"][a]["offset"] = rng.choice([table[b]["offset"], len(good), len(whole), *HOSTILE])
+            name = f"frame {a} at {header['frames'][a]['offset']!r:.40}"
+            yield Mutant("generation", name, grown(good, header), ANY)
+        else:
+            header = placed(good)
+            holder, key, path = rng.choice(list(_places(header)))
+            holder[key] = rng.choice(HOSTILE)
+            yield Mutant("generation", f"{path} = {json.dumps(holder[key])[:40]}", grown(good, header), ANY)
+
+
 KINDS: dict[str, Callable[[bytes, int, random.Random], Iterator[Mutant]]] = {
     "truncation": lambda good, count, _: truncations(good, count),
     "flip": flips,
@@ -280,5 +346,6 @@ KINDS: dict[str, Callable[[bytes, int, random.Random], Iterator[Mutant]]] = {
     "frame table": tables,
     "frame content": contents,
     "bomb": lambda good, _, __: bombs(good),
+    "generation": generations,
 }
 """What makes the mutants of a kind from a good file and a number of them."""

@@ -62,17 +62,16 @@ def saved_tokens(path: Path) -> tuple[list[int], int]:
 
     memory = atlas_file.read(path)
     memory.verify()
-    raw, at = bytearray(), memory.data
+    raw = bytearray()
     with path.open("rb") as file:
         for frame in memory.header.frames:
             if frame.purpose == "tokens":
-                file.seek(at)
+                file.seek(frame.offset)
                 shuffled = zstandard.decompress(file.read(frame.stored))
                 part, n = bytearray(frame.raw), frame.raw // 4
                 for place in range(4):
                     part[place::4] = shuffled[place * n : (place + 1) * n]
                 raw += part
-            at += frame.stored
     return list(struct.unpack(f"<{len(raw) // 4}i", raw)), memory.header.session.last
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
+from typing import Any
 
 import aiohttp
 import pytest
@@ -28,6 +30,17 @@ def folder(tmp_path):
 async def until_exists(path) -> None:
     async with asyncio.timeout(60):
         while not path.exists():
+            await asyncio.sleep(0.05)
+
+
+async def until_deferred(running, number: int) -> None:
+    """Wait until the child has so many tasks in its line."""
+    async with asyncio.timeout(60):
+        while True:
+            async with running.http.get(running.url + "/metrics?model=small") as response:
+                found = re.search(r"^llamacpp:requests_deferred(?:{.*})? (\d+)", await response.text(), re.MULTILINE)
+            if found and int(found[1]) == number:
+                return
             await asyncio.sleep(0.05)
 
 
@@ -269,6 +282,43 @@ async def test_a_session_above_the_limit_is_not_saved(start, smollm2, folder):
     status, answer = await complete(running, "Hello", memory_file="small")
     assert status == 200
     assert answer["atlas"]["saved"]["bytes"] < 4 << 20
+
+
+async def test_what_needs_a_slot_stands_in_line_for_it(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    await complete(running, "Once upon a time", memory_file="book")
+    story = {"prompt": "Hello", "n_predict": 100_000, "ignore_eos": True, "stream": True, "temperature": 0}
+    told: list[str] = []
+
+    async def ask(method: str, path: str, body: dict[str, Any] | None) -> None:
+        status, answer = await running.json(method, path, body)
+        assert status == 200, answer
+        told.append(path)
+
+    wanted = [
+        ("POST", "/v1/atlas/memory/load", {"filename": "book"}),
+        ("POST", "/v1/atlas/memory/save", {"filename": "copy", "slot": 0}),
+        ("POST", "/completion", {"prompt": "Hello", "n_predict": 1, "atlas": {"memory_file": "book"}}),
+    ]
+    async with running.http.post(running.url + "/completion", json=story) as response:
+        await response.content.readline()  # the only slot is busy
+        tasks = []
+        for number, one in enumerate(wanted):
+            tasks.append(asyncio.create_task(ask(*one)))
+            await until_deferred(running, number + 1)
+        assert told == []
+        async with asyncio.timeout(60):  # one that leaves is waited for by nobody
+            gone = asyncio.create_task(running.json("POST", "/v1/atlas/memory/load", {"filename": "book"}))
+            await until_deferred(running, len(wanted) + 1)
+            gone.cancel()
+            await until_deferred(running, len(wanted))
+        status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "no-such"})
+        assert status == 404  # at once
+        status, answer = await running.json("DELETE", "/v1/atlas/memory/reset", {"reset_type": "hard", "slot": 0})
+        assert (status, answer["error"]["message"]) == (409, "the slot is busy")
+    await asyncio.gather(*tasks)
+    assert told == [path for _, path, _ in wanted]
+    assert (folder / "copy.atlas").exists()
 
 
 async def test_many_sessions_at_once_over_two_slots(start, smollm2, folder):

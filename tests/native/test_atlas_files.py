@@ -52,8 +52,8 @@ def test_a_stream_is_the_same_while_another_session_is_saved_and_loaded(running:
 
 def test_what_is_measured_fits_the_file(running: MemoryServer) -> None:
     row = atlas_files.measure(running, PROMPT, rounds=1, quiet=0.1)
-    path = running.memory / "book.atlas"
-    assert (row["tokens"], row["stored"]) == (len(PROMPT), path.stat().st_size)
+    assert row["tokens"] == len(PROMPT)
+    assert row["stored"] == row["whole_written"] <= (running.memory / "book.atlas").stat().st_size
     assert row["raw"] > len(PROMPT) * atlas_files.kv_bytes(running.memory.parent / "tiny.gguf", "f16")
     assert set(atlas_files.latencies(running, 2)) == {"disabled", "enabled", "session"}
 

@@ -14,27 +14,12 @@
 #include <filesystem>
 #include <thread>
 
-#ifndef _WIN32
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#endif
-
 namespace fs = std::filesystem;
 
 using json = common_json;
 
-static constexpr char     ATLAS_MAGIC[]     = "ATLASMEM";
-static constexpr uint32_t ATLAS_VERSION     = 1;
-static constexpr size_t   ATLAS_FIXED       = 16;       // magic, version, size of the header
-static constexpr size_t   ATLAS_HEADER_MAX  = 4 << 20;
-static constexpr int      ATLAS_DEPTH_MAX   = 16;
-static constexpr size_t   ATLAS_VALUES_MAX  = 256 << 10; // of the header
-static constexpr size_t   ATLAS_FRAME_MAX   = 8 << 20;   // raw
-static constexpr size_t   ATLAS_FRAME_MIN   = 1 << 20;   // ... of those that are written
-static constexpr size_t   ATLAS_FRAMES      = 4096;      // about as many at most, as long as they are not too large
-
-static constexpr size_t   ATLAS_SYNC_STEP   = 8 << 20; // bytes
+static constexpr int    ATLAS_DEPTH_MAX  = 16;
+static constexpr size_t ATLAS_VALUES_MAX = 256 << 10; // of the header
 
 static const char * const atlas_purpose[] = { "counters", "cells", "keys", "values", "scores" };
 
@@ -50,6 +35,14 @@ std::string atlas_hex64(uint64_t x) {
     char text[17];
     snprintf(text, sizeof(text), "%016" PRIx64, x);
     return text;
+}
+
+int atlas_seek(FILE * f, uint64_t at) {
+#ifdef _WIN32
+    return _fseeki64(f, at, SEEK_SET);
+#else
+    return fseeko(f, at, SEEK_SET);
+#endif
 }
 
 uint64_t atlas_read_le(const uint8_t * p, int n) {
@@ -96,8 +89,7 @@ static void shuffle_any(const uint8_t * src, uint8_t * dst, size_t n, size_t str
     }
 }
 
-// bytes with the same place in their elements come together, which compresses better
-static void shuffle(std::vector<uint8_t> & data, std::vector<uint8_t> & tmp, size_t stride, bool back) {
+void atlas_shuffle(std::vector<uint8_t> & data, std::vector<uint8_t> & tmp, size_t stride, bool back) {
     if (stride < 2) {
         return;
     }
@@ -141,181 +133,13 @@ atlas_frame atlas_frame::of(llama_atlas_part part, int32_t layer, size_t stride)
 // waiting for the other
 static constexpr auto ATLAS_REST = std::chrono::microseconds(250);
 
-// do something with a frame, in another thread if there is one to spare
-template <typename F>
-static std::future<atlas_work> process(size_t n_workers, F f, atlas_work work) {
-    auto res = std::async(n_workers > 0 ? std::launch::async : std::launch::deferred, f, std::move(work));
+std::future<atlas_work> atlas_process(size_t n_workers, std::function<atlas_work(atlas_work)> f, atlas_work work) {
+    auto res = std::async(n_workers > 0 ? std::launch::async : std::launch::deferred, std::move(f), std::move(work));
     if (n_workers == 0) {
         res.wait();
         std::this_thread::sleep_for(ATLAS_REST);
     }
     return res;
-}
-
-//
-// writing
-//
-
-static json frames_to_json(const std::vector<atlas_frame> & frames) {
-    json res = json::array();
-    for (const auto & frame : frames) {
-        res.push_back(json::object({
-            {"purpose", frame.purpose},
-            {"layers",  frame.layer < 0 ? json::array() : json::array({frame.layer, frame.layer})},
-            {"raw",     frame.raw},
-            {"stored",  frame.stored},
-            {"shuffle", frame.stride},
-            {"xxh64",   atlas_hex64(frame.hash)},
-        }));
-    }
-    return res;
-}
-
-// only for the user who runs the server, whoever may look into the folder: it has what was said
-static FILE * create_private(const std::string & path) {
-#ifdef _WIN32
-    return fopen(path.c_str(), "wb");
-#else
-    const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, S_IRUSR | S_IWUSR);
-    return fd < 0 ? nullptr : fdopen(fd, "wb");
-#endif
-}
-
-atlas_writer::atlas_writer(const std::string & path, const json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers)
-    : path(path), f(create_private(path)), level(level), n_workers(std::move(n_workers)),
-      n_frame(std::clamp(raw_max/ATLAS_FRAMES, ATLAS_FRAME_MIN, ATLAS_FRAME_MAX)) {
-    if (!f) {
-        throw atlas_io_error("cannot create", path);
-    }
-    // the header comes first, but its table is only known in the end
-    const size_t n_frames = 16 + 3*n_layer + raw_max/(n_frame/2);
-    n_header = header.dump().size() + 64 + 192*n_frames;
-    if (n_header > ATLAS_HEADER_MAX) {
-        throw common_atlas_error(413, "the memory is too large for a file: " + std::to_string(raw_max >> 20) + " MiB");
-    }
-    if (fseek(f.get(), ATLAS_FIXED + n_header + 8, SEEK_SET) != 0) {
-        throw atlas_io_error("cannot write", path);
-    }
-}
-
-json atlas_writer::finish(json header) {
-    flush();
-    drain(0);
-
-    const size_t n_front = ATLAS_FIXED + n_header + 8;
-    size_t raw = 0, stored = n_front;
-    for (const auto & frame : frames) {
-        raw    += frame.raw;
-        stored += frame.stored;
-    }
-    header["bytes"] = stored;
-    header["raw"]   = raw;
-    const json result = header;
-    header["frames"] = frames_to_json(frames);
-    const std::string head = header.dump();
-    if (head.size() > n_header) {
-        throw common_atlas_error(500, "the header is larger than expected");
-    }
-
-    std::vector<uint8_t> front(n_front, ' ');
-    memcpy(front.data(), ATLAS_MAGIC, 8);
-    atlas_write_le(front.data() + 8,  ATLAS_VERSION, 4);
-    atlas_write_le(front.data() + 12, n_header, 4);
-    memcpy(front.data() + ATLAS_FIXED, head.data(), head.size());
-    atlas_write_le(front.data() + ATLAS_FIXED + n_header, XXH64(front.data(), ATLAS_FIXED + n_header, 0), 8);
-    if (fseek(f.get(), 0, SEEK_SET) != 0 || fwrite(front.data(), 1, n_front, f.get()) != n_front || fflush(f.get()) != 0) {
-        throw atlas_io_error("cannot write", path);
-    }
-#ifndef _WIN32
-    if (fsync(fileno(f.get())) != 0) {
-        throw atlas_io_error("cannot write", path);
-    }
-#endif
-    f.reset();
-    return result;
-}
-
-atlas_work atlas_writer::pack(atlas_work work, int32_t level) {
-    atlas_frame & frame = work.frame;
-    frame.raw = work.data.size();
-    shuffle(work.data, work.tmp, frame.stride, false);
-
-    std::unique_ptr<ZSTD_CCtx, size_t (*)(ZSTD_CCtx *)> cctx(ZSTD_createCCtx(), ZSTD_freeCCtx);
-    work.tmp.resize(ZSTD_compressBound(work.data.size()));
-    ZSTD_CCtx_setParameter(cctx.get(), ZSTD_c_compressionLevel, level);
-    ZSTD_CCtx_setParameter(cctx.get(), ZSTD_c_checksumFlag, 1);
-    const size_t n = ZSTD_compress2(cctx.get(), work.tmp.data(), work.tmp.size(), work.data.data(), work.data.size());
-    if (ZSTD_isError(n)) {
-        throw common_atlas_error(500, std::string("cannot compress: ") + ZSTD_getErrorName(n));
-    }
-    work.tmp.resize(n);
-    work.data.swap(work.tmp);
-    frame.stored = n;
-    frame.hash   = XXH64(work.data.data(), n, 0);
-    return work;
-}
-
-void atlas_writer::drain(size_t n_left) {
-    while (pending.size() > n_left) {
-        atlas_work work = pending.front().get();
-        pending.pop_front();
-        if (fwrite(work.data.data(), 1, work.data.size(), f.get()) != work.data.size()) {
-            throw common_atlas_error(500, std::string("cannot write the memory file: ") + strerror(errno));
-        }
-        n_written += work.data.size();
-        begin_sync();
-        frames.push_back(work.frame);
-        idle.push_back(std::move(work));
-    }
-}
-
-// let the disk begin: else it idles until the end, and then has everything to write at once
-void atlas_writer::begin_sync() {
-#ifdef SYNC_FILE_RANGE_WRITE
-    if (n_written - n_begun >= ATLAS_SYNC_STEP && fflush(f.get()) == 0) {
-        sync_file_range(fileno(f.get()), ATLAS_FIXED + n_header + 8 + n_begun, n_written - n_begun, SYNC_FILE_RANGE_WRITE);
-        n_begun = n_written;
-    }
-#endif
-}
-
-void atlas_writer::flush() {
-    if (!data.empty()) {
-        atlas_work work = atlas_work::from(idle);
-        work.frame = cur;
-        work.data.swap(data);
-        const size_t n = n_workers();
-        pending.push_back(process(n, [level = level](atlas_work work) { return pack(std::move(work), level); }, std::move(work)));
-        data.clear();
-        drain(n);
-    }
-}
-
-void atlas_writer::add(const atlas_frame & kind, const void * src, size_t size) {
-    if (!cur.same_kind(kind)) {
-        flush();
-        cur = kind;
-    }
-    const size_t max = n_frame/kind.stride*kind.stride;
-    for (size_t i = 0; i < size; ) {
-        const size_t n = std::min(size - i, max - data.size());
-        data.insert(data.end(), (const uint8_t *) src + i, (const uint8_t *) src + i + n);
-        if (data.size() == max) {
-            flush();
-        }
-        i += n;
-    }
-}
-
-bool atlas_writer::io(void * user, llama_atlas_part part, int32_t layer, size_t stride, void * src, size_t size) {
-    auto & w = *(atlas_writer *) user;
-    try {
-        w.add(atlas_frame::of(part, layer, stride), src, size);
-        return true;
-    } catch (const std::exception & e) {
-        w.error = e.what();
-        return false;
-    }
 }
 
 //
@@ -375,17 +199,60 @@ static void check_header(const json & header) {
     }
 }
 
-atlas_reader::atlas_reader(const std::string & path, atlas_workers n_workers) : f(fopen(path.c_str(), "rb")), n_workers(std::move(n_workers)) {
-    if (!f && errno == ENOENT) {
-        throw common_atlas_error(404, "there is no memory file " + fs::path(path).filename().string());
+static bool get(FILE * f, void * dst, size_t size) {
+    return fread(dst, 1, size, f) == size;
+}
+
+static uint64_t read_hash(const json & digits, const char * what) {
+    const std::string text = digits.get<std::string>();
+    const uint64_t res = strtoull(text.c_str(), nullptr, 16);
+    if (text != atlas_hex64(res)) {
+        throw atlas_corrupt(std::string("the header has something else as ") + what);
     }
-    if (!f) {
-        throw atlas_io_error("cannot read", path);
+    return res;
+}
+
+// at: where the frames are, one behind the other; 0: each says where it is, before `limit`
+static atlas_index read_index(const std::string & text, uint64_t at, uint64_t limit) {
+    atlas_index res;
+    try {
+        check_text(text);
+        res.header = json::parse(text);
+        check_header(res.header);
+        res.end = at;
+        for (const auto & item : res.header.at("frames")) {
+            atlas_frame frame;
+            frame.purpose = item.at("purpose").get<std::string>();
+            if (!item.at("layers").is_array()) {
+                throw atlas_corrupt("the header has something else as layers");
+            }
+            for (const auto & layer : item.at("layers")) {
+                const int32_t i = atlas_reader::number(layer, 1 << 20);
+                frame.layer = frame.layer < 0 ? i : frame.layer;
+            }
+            frame.stride  = atlas_reader::number(item.at("shuffle"), 1 << 16);
+            frame.raw     = atlas_reader::number(item.at("raw"),    ATLAS_FRAME_MAX);
+            frame.stored  = atlas_reader::number(item.at("stored"), ZSTD_compressBound(ATLAS_FRAME_MAX));
+            frame.hash    = read_hash(item.at("xxh64"), "xxh64");
+            frame.content = item.contains("content") ? read_hash(item.at("content"), "content") : 0;
+            frame.offset  = at > 0 ? res.end : atlas_reader::number(item.at("offset"), limit);
+            res.end       = frame.offset + frame.stored;
+            if (at == 0 && res.end > limit) {
+                throw atlas_corrupt("a frame is not in the file");
+            }
+            res.frames.push_back(std::move(frame));
+        }
+        res.header.erase("frames");
+    } catch (const common_json_error & e) {
+        throw atlas_corrupt(std::string("the header cannot be understood: ") + e.what());
     }
-    std::error_code ec;
-    size = fs::file_size(path, ec);
+    return res;
+}
+
+// the first generation, which begins the file
+static atlas_index read_front(FILE * f, uint64_t size) {
     uint8_t fixed[ATLAS_FIXED];
-    if (ec || size < sizeof(fixed) + 8 || !get(fixed, sizeof(fixed)) || memcmp(fixed, ATLAS_MAGIC, 8) != 0) {
+    if (size < sizeof(fixed) + 8 || !get(f, fixed, sizeof(fixed)) || memcmp(fixed, ATLAS_MAGIC, 8) != 0) {
         throw atlas_corrupt("this is no memory file");
     }
     const uint32_t version = atlas_read_le(fixed + 8, 4);
@@ -399,48 +266,101 @@ atlas_reader::atlas_reader(const std::string & path, atlas_workers n_workers) : 
     std::vector<uint8_t> head(sizeof(fixed) + n_header);
     memcpy(head.data(), fixed, sizeof(fixed));
     uint8_t hash[8];
-    if (!get(head.data() + sizeof(fixed), n_header) || !get(hash, sizeof(hash)) || XXH64(head.data(), head.size(), 0) != atlas_read_le(hash, 8)) {
+    if (!get(f, head.data() + sizeof(fixed), n_header) || !get(f, hash, sizeof(hash)) || XXH64(head.data(), head.size(), 0) != atlas_read_le(hash, 8)) {
         throw atlas_corrupt("the checksum of the header is wrong");
     }
-    try {
-        const std::string text((const char *) head.data() + sizeof(fixed), n_header);
-        check_text(text);
-        header = json::parse(text);
-        check_header(header);
-        uint64_t total = head.size() + sizeof(hash);
-        for (const auto & item : header.at("frames")) {
-            atlas_frame frame;
-            frame.purpose = item.at("purpose").get<std::string>();
-            if (!item.at("layers").is_array()) {
-                throw atlas_corrupt("the header has something else as layers");
-            }
-            for (const auto & layer : item.at("layers")) {
-                const int32_t i = number(layer, 1 << 20);
-                frame.layer = frame.layer < 0 ? i : frame.layer;
-            }
-            frame.stride  = number(item.at("shuffle"), 1 << 16);
-            frame.raw     = number(item.at("raw"),    ATLAS_FRAME_MAX);
-            frame.stored  = number(item.at("stored"), ZSTD_compressBound(ATLAS_FRAME_MAX));
-            const std::string digits = item.at("xxh64").get<std::string>();
-            frame.hash    = strtoull(digits.c_str(), nullptr, 16);
-            if (digits != atlas_hex64(frame.hash)) {
-                throw atlas_corrupt("the header has something else as xxh64");
-            }
-            total += frame.stored;
-            frames.push_back(std::move(frame));
-        }
-        if (total != size) {
-            throw atlas_corrupt("the file has " + std::to_string(size) + " bytes instead of " + std::to_string(total));
-        }
-        header.erase("frames");
-    } catch (const common_json_error & e) {
-        throw atlas_corrupt(std::string("the header cannot be understood: ") + e.what());
+    const std::string text((const char *) head.data() + sizeof(fixed), n_header);
+    atlas_index res = read_index(text, head.size() + sizeof(hash), size);
+    if (res.end > size) {
+        throw atlas_corrupt("the file has " + std::to_string(size) + " bytes instead of " + std::to_string(res.end));
     }
+    return res;
+}
+
+struct atlas_generation {
+    uint64_t end_frames, end;
+    uint64_t hash; // of the header, which is between
+};
+
+// those behind the first one, which ends at `at`; false: what follows them is damaged
+static bool find_generations(FILE * f, uint64_t size, uint64_t at, std::vector<atlas_generation> & res) {
+    while (at < size) {
+        uint8_t record[ATLAS_RECORD];
+        if (size - at < sizeof(record) || atlas_seek(f, at) != 0 || !get(f, record, sizeof(record))) {
+            return false;
+        }
+        if (std::all_of(record, record + sizeof(record), [](uint8_t x) { return x == 0; })) {
+            return true; // it was never completed
+        }
+        const uint64_t left     = size - at - sizeof(record);
+        const uint64_t n_frames = atlas_read_le(record +  8, 8);
+        const uint64_t n_header = atlas_read_le(record + 16, 8);
+        if (memcmp(record, ATLAS_MAGIC_MORE, 8) != 0 || XXH64(record, 32, 0) != atlas_read_le(record + 32, 8) ||
+                n_frames > left || n_header > left - n_frames || n_header > ATLAS_HEADER_MAX) {
+            return false;
+        }
+        at += sizeof(record) + n_frames + n_header;
+        res.push_back({ at - n_header, at, atlas_read_le(record + 24, 8) });
+    }
+    return true;
+}
+
+static atlas_file_ptr open_file(const std::string & path, uint64_t & size) {
+    atlas_file_ptr f(fopen(path.c_str(), "rb"));
+    if (!f && errno == ENOENT) {
+        throw common_atlas_error(404, "there is no memory file " + fs::path(path).filename().string());
+    }
+    std::error_code ec;
+    size = f ? fs::file_size(path, ec) : 0;
+    if (!f) {
+        throw atlas_io_error("cannot read", path);
+    }
+    if (ec) {
+        throw atlas_corrupt("this is no memory file");
+    }
+    return f;
+}
+
+size_t atlas_reader::n_generations(const std::string & path) {
+    try {
+        uint64_t size;
+        const atlas_file_ptr f = open_file(path, size);
+        std::vector<atlas_generation> more;
+        const bool whole = find_generations(f.get(), size, read_front(f.get(), size).end, more);
+        return 1 + more.size() + !whole;
+    } catch (const common_atlas_error &) {
+        return 0;
+    }
+}
+
+atlas_reader::atlas_reader(const std::string & path, atlas_workers n_workers, size_t back) : n_workers(std::move(n_workers)) {
+    f     = open_file(path, size);
+    index = read_front(f.get(), size);
+
+    std::vector<atlas_generation> more;
+    const bool whole = find_generations(f.get(), size, index.end, more);
+    if (back == 0 && !whole) {
+        throw atlas_corrupt("behind the first " + std::to_string(index.end) + " bytes, the file is damaged");
+    }
+    back -= !whole;
+    if (back > more.size()) {
+        throw atlas_corrupt("there are not so many generations");
+    }
+    if (back < more.size()) {
+        const atlas_generation & gen = more[more.size() - 1 - back];
+        std::string text(gen.end - gen.end_frames, 0);
+        if (atlas_seek(f.get(), gen.end_frames) != 0 || !get(f.get(), text.data(), text.size()) || XXH64(text.data(), text.size(), 0) != gen.hash) {
+            throw atlas_corrupt("the checksum of the header is wrong");
+        }
+        index = read_index(text, 0, gen.end_frames);
+        index.end = gen.end;
+    }
+    at = UINT64_MAX;
 }
 
 size_t atlas_reader::raw_size(const atlas_frame & kind) const {
     size_t res = 0;
-    for (const auto & frame : frames) {
+    for (const auto & frame : index.frames) {
         res += frame.same_kind(kind) ? frame.raw : 0;
     }
     return res;
@@ -471,27 +391,28 @@ atlas_work atlas_reader::unpack(atlas_work work) {
         throw atlas_corrupt(std::string("a frame cannot be decompressed: ") + (ZSTD_isError(n) ? ZSTD_getErrorName(n) : "it is too short"));
     }
     work.data.swap(work.tmp);
-    shuffle(work.data, work.tmp, frame.stride, true);
+    atlas_shuffle(work.data, work.tmp, frame.stride, true);
     return work;
 }
 
 void atlas_reader::read_ahead(size_t n_max) {
     const size_t n = n_workers();
-    while (next < frames.size() && pending.size() < n_max) {
+    while (next < index.frames.size() && pending.size() < n_max) {
         atlas_work work = atlas_work::from(idle);
-        work.frame = frames[next];
-        work.data.resize(frames[next].stored);
-        if (!get(work.data.data(), work.data.size())) {
+        work.frame = index.frames[next];
+        work.data.resize(work.frame.stored);
+        if ((at != work.frame.offset && atlas_seek(f.get(), work.frame.offset) != 0) || !get(f.get(), work.data.data(), work.data.size())) {
             throw atlas_corrupt("the file ends too early");
         }
-        pending.push_back(process(n, unpack, std::move(work)));
+        at = work.frame.offset + work.frame.stored;
+        pending.push_back(atlas_process(n, unpack, std::move(work)));
         next++;
     }
 }
 
 void atlas_reader::prefetch(size_t raw_max) {
-    for (size_t raw = 0; next < frames.size() && raw < raw_max; ) {
-        raw += frames[next].raw;
+    for (size_t raw = 0; next < index.frames.size() && raw < raw_max; ) {
+        raw += index.frames[next].raw;
         read_ahead(pending.size() + 1);
         if (pending.size() % std::max<size_t>(1, n_workers()) == 0) {
             pending.back().wait();
@@ -504,10 +425,10 @@ void atlas_reader::prefetch(size_t raw_max) {
 
 void atlas_reader::advance(const atlas_frame & kind) {
     read_ahead(std::max<size_t>(1, n_workers()));
-    if (pending.empty() || !frames[n_done].same_kind(kind)) {
+    if (pending.empty() || !index.frames[n_done].same_kind(kind)) {
         throw atlas_corrupt("the frames are out of order");
     }
-    cur  = frames[n_done++];
+    cur  = index.frames[n_done++];
     idle.push_back(std::move(now));
     now  = pending.front().get();
     used = 0;
@@ -529,7 +450,7 @@ void atlas_reader::take(const atlas_frame & kind, void * dst, size_t size) {
     }
 }
 
-bool atlas_reader::io(void * user, llama_atlas_part part, int32_t layer, size_t stride, void * dst, size_t size) {
+bool atlas_reader::io(void * user, llama_atlas_part part, int32_t layer, int32_t /*piece*/, size_t stride, void * dst, size_t size) {
     auto & r = *(atlas_reader *) user;
     try {
         r.take(atlas_frame::of(part, layer, stride), dst, size);

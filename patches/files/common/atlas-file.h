@@ -9,9 +9,11 @@
 #include <deque>
 #include <functional>
 #include <future>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -20,8 +22,25 @@
 //   "ATLASMEM" | u32 version | u32 size of the header | header | u64 XXH64 of all before | frames
 //
 // All numbers are little-endian. The header is JSON, padded with spaces: the model, the session, and a table of the frames
-// (purpose, layer, raw and stored size, period of the byte shuffle, XXH64 of the stored bytes). A frame is a zstd frame with
-// a checksum, of at most 8 MiB raw. Whoever has the header can check and read the file without the model.
+// (purpose, layer, raw and stored size, period of the byte shuffle, XXH64 of the stored bytes and of the raw ones). A frame
+// is a zstd frame with a checksum, of at most 8 MiB raw. Whoever has the header can check and read the file without the
+// model.
+//
+// Later generations of a session that has grown follow, each with the frames that those before do not have:
+//
+//   "ATLASGEN" | u64 size of the frames | u64 size of the header | u64 XXH64 of the header | u64 XXH64 of all before
+//   | frames | header
+//
+// whose table says also where each frame is. The first 40 bytes are written last: as long as they are zero, there is no
+// such generation, and what follows is of no use.
+
+static constexpr char     ATLAS_MAGIC[]      = "ATLASMEM";
+static constexpr char     ATLAS_MAGIC_MORE[] = "ATLASGEN";
+static constexpr uint32_t ATLAS_VERSION      = 1;
+static constexpr size_t   ATLAS_FIXED        = 16; // magic, version, size of the header
+static constexpr size_t   ATLAS_RECORD       = 40; // what begins a later generation
+static constexpr size_t   ATLAS_HEADER_MAX   = 4 << 20;
+static constexpr size_t   ATLAS_FRAME_MAX    = 8 << 20; // raw
 
 struct common_atlas_error : std::runtime_error {
     int status; // of HTTP: 400 corrupt, 404 there is none, 409 not for this model or in use, 500 the disk
@@ -36,6 +55,8 @@ std::string atlas_hex64(uint64_t x);
 
 uint64_t atlas_read_le (const uint8_t * p, int n);
 void     atlas_write_le(uint8_t * p, uint64_t x, int n);
+
+int atlas_seek(FILE * f, uint64_t at);
 
 // how many threads may compress or decompress now; 0: only the caller's, which rests now and then
 using atlas_workers = std::function<size_t()>;
@@ -52,7 +73,9 @@ struct atlas_frame {
     size_t      stride = 1; // period of the byte shuffle
     size_t      raw    = 0;
     size_t      stored = 0;
-    uint64_t    hash   = 0;
+    uint64_t    hash   = 0; // XXH64 of the stored bytes
+    uint64_t    content = 0; // ... of the raw ones; 0: not known
+    uint64_t    offset = 0; // in the file
 
     static atlas_frame tokens();
     static atlas_frame of(llama_atlas_part part, int32_t layer, size_t stride);
@@ -60,6 +83,13 @@ struct atlas_frame {
     bool same_kind(const atlas_frame & other) const {
         return purpose == other.purpose && layer == other.layer && stride == other.stride;
     }
+};
+
+// what a generation of a file has
+struct atlas_index {
+    common_json header; // without the table of the frames
+    std::vector<atlas_frame> frames;
+    uint64_t    end = 0; // of the generation, in the file
 };
 
 // a frame on its way: its bytes before and after, and room for those between. It is used again and again: new buffers
@@ -72,19 +102,32 @@ struct atlas_work {
     static atlas_work from(std::vector<atlas_work> & idle);
 };
 
+// bytes with the same place in their elements come together, which compresses better
+void atlas_shuffle(std::vector<uint8_t> & data, std::vector<uint8_t> & tmp, size_t stride, bool back);
+
+// do something with a frame, in another thread if there is one to spare
+std::future<atlas_work> atlas_process(size_t n_workers, std::function<atlas_work(atlas_work)> f, atlas_work work);
+
 // compresses frames in other threads, and writes them in their order; these throw common_atlas_error
 class atlas_writer {
 public:
     // a header of up to n_header bytes comes before the frames; raw_max: of all of them
     atlas_writer(const std::string & path, const common_json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers);
 
-    void add(const atlas_frame & kind, const void * src, size_t size);
+    // another generation behind what the file has; without finish() the file stays as it was
+    atlas_writer(const std::string & path, const atlas_index & old, const common_json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers);
+
+    ~atlas_writer();
+
+    // piece: frames do not go beyond it
+    void add(const atlas_frame & kind, int32_t piece, const void * src, size_t size);
 
     // ends the frames, writes the header with their table, and brings the file to the disk; returns it without the table
-    common_json finish(common_json header);
+    // bytes_max: of the file, 0: any number
+    common_json finish(common_json header, uint64_t bytes_max = 0);
 
     // llama_atlas_state_io; `error` says why it returned false
-    static bool io(void * user, llama_atlas_part part, int32_t layer, size_t stride, void * src, size_t size);
+    static bool io(void * user, llama_atlas_part part, int32_t layer, int32_t piece, size_t stride, void * src, size_t size);
 
     std::string error;
 
@@ -93,19 +136,27 @@ private:
     atlas_file_ptr f;
     int32_t level;
     atlas_workers n_workers;
-    size_t n_frame; // raw bytes of a frame at most
-    size_t n_header;
-    size_t n_written = 0; // bytes of frames
-    size_t n_begun   = 0; // ... that are on their way to the disk
+    size_t n_frame;   // raw bytes of a frame at most
+    size_t n_header;  // bytes of the header at most
+    uint64_t n_front; // where the frames begin
+    uint64_t n_old = 0; // where a new generation begins, 0: a new file
+    uint64_t n_written = 0; // bytes of frames
+    uint64_t n_begun   = 0; // ... that are on their way to the disk
     std::vector<atlas_frame> frames;
+    std::map<std::tuple<std::string, int32_t, size_t, size_t, uint64_t>, atlas_frame> known; // by kind, raw size and content
 
     atlas_frame cur;
+    int32_t     cur_piece = 0;
     std::vector<uint8_t> data;
 
     std::deque<std::future<atlas_work>> pending;
     std::vector<atlas_work> idle;
 
-    static atlas_work pack(atlas_work work, int32_t level);
+    void plan(const common_json & header, size_t n_layer, size_t raw_max);
+    void truncate();
+    atlas_work pack(atlas_work work) const;
+    void put(uint64_t at, const void * src, size_t size);
+    void sync();
     void drain(size_t n_left);
     void begin_sync();
     void flush();
@@ -114,23 +165,28 @@ private:
 // checks all that a file says before it is used; these throw common_atlas_error
 class atlas_reader {
 public:
-    explicit atlas_reader(const std::string & path, atlas_workers n_workers = [] { return 1; });
+    // back: so many generations before the newest one, which has to be whole for 0; one that is damaged counts
+    explicit atlas_reader(const std::string & path, atlas_workers n_workers = [] { return 1; }, size_t back = 0);
 
-    common_json header; // without the table of the frames
+    // how many generations can be asked for
+    static size_t n_generations(const std::string & path);
 
     uint64_t size; // of the file
 
-    size_t n_frames() const { return frames.size(); }
+    const common_json & header() const { return index.header; }
+    const atlas_index & table()  const { return index; }
+
+    size_t n_frames() const { return index.frames.size(); }
     size_t raw_size(const atlas_frame & kind) const; // of all frames of a kind
 
     void take(const atlas_frame & kind, void * dst, size_t size);
 
     // have the next frames at hand: all, or the first ones with so many bytes
     void prefetch(size_t raw_max);
-    bool at_end() const { return used == now.data.size() && n_done == frames.size(); }
+    bool at_end() const { return used == now.data.size() && n_done == index.frames.size(); }
 
     // llama_atlas_state_io; `error` says why it returned false
-    static bool io(void * user, llama_atlas_part part, int32_t layer, size_t stride, void * dst, size_t size);
+    static bool io(void * user, llama_atlas_part part, int32_t layer, int32_t piece, size_t stride, void * dst, size_t size);
 
     std::string error;
 
@@ -140,9 +196,10 @@ public:
 private:
     atlas_file_ptr f;
     atlas_workers n_workers;
-    std::vector<atlas_frame> frames;
+    atlas_index index;
 
-    size_t next = 0; // frame to be read from the file
+    size_t   next = 0; // frame to be read from the file
+    uint64_t at   = 0; // where the file is read
     std::deque<std::future<atlas_work>> pending;
     std::vector<atlas_work> idle;
 
@@ -151,7 +208,6 @@ private:
     size_t used   = 0;
     size_t n_done = 0;
 
-    bool get(void * dst, size_t size) { return fread(dst, 1, size, f.get()) == size; }
     static atlas_work unpack(atlas_work work);
     void read_ahead(size_t n_max);
     void advance(const atlas_frame & kind);

@@ -23,6 +23,8 @@ namespace fs = std::filesystem;
 
 using json = common_json;
 
+static constexpr int64_t ATLAS_GROW_TOKENS = 4096; // from which on a session's file grows by what is new
+
 // held while a file is written or read; other processes wait for nobody, they are refused
 struct atlas_lock {
     atlas_lock(const std::string & path, bool exclusive) {
@@ -95,7 +97,9 @@ struct common_atlas_saving {
     std::vector<uint8_t> cells;
     size_t               stride = 1; // of the cells
 
-    static bool take_cells(void * user, llama_atlas_part, int32_t, size_t stride, void * data, size_t size) {
+    common_atlas_saving(std::string name, const std::string & lock_path) : name(std::move(name)), lock(lock_path, true) {}
+
+    static bool take_cells(void * user, llama_atlas_part, int32_t, int32_t, size_t stride, void * data, size_t size) {
         auto & s = *(common_atlas_saving *) user;
         s.stride = stride;
         s.cells.insert(s.cells.end(), (const uint8_t *) data, (const uint8_t *) data + size);
@@ -264,7 +268,7 @@ std::shared_ptr<common_atlas_saving> common_atlas_store::save_begin(const std::s
             fs::permissions(target.parent_path(), fs::perms::owner_all, ec);
         }
     }
-    std::shared_ptr<common_atlas_saving> res(new common_atlas_saving { session_name(name), { lock_path(name), true }, {} });
+    auto res = std::make_shared<common_atlas_saving>(session_name(name), lock_path(name));
 
     const llama_atlas_stats st = llama_atlas_get_stats(ctx, seq_id);
     if (st.n_tokens != (int64_t) session.tokens.size()) {
@@ -314,43 +318,26 @@ json common_atlas_store::save_end(common_atlas_saving & saving, const std::vecto
 
     const std::string target = path(saving.name);
     const std::string temp   = target + ".tmp";
+    const auto old = growing(target, saving.header.at("session"));
     try {
-        atlas_writer w(temp, saving.header, llama_model_n_layer(llama_get_model(ctx)), saving.raw_max, level, [ctx = ctx] { return n_workers(ctx); });
-        w.add(atlas_frame::tokens(), saving.tokens.data(), saving.tokens.size());
+        const size_t n_layer = llama_model_n_layer(llama_get_model(ctx));
+        const auto workers = [ctx = ctx] { return n_workers(ctx); };
+        const auto w = old ?
+            std::make_unique<atlas_writer>(target, *old, saving.header, n_layer, saving.raw_max, level, workers) :
+            std::make_unique<atlas_writer>(temp,         saving.header, n_layer, saving.raw_max, level, workers);
+        w->add(atlas_frame::tokens(), 0, saving.tokens.data(), saving.tokens.size());
 
         char text[256];
-        const auto res = llama_atlas_state_write(ctx, saving.seq_id, LLAMA_ATLAS_STATE_ARCHIVE, atlas_writer::io, &w, text, sizeof(text));
+        const auto res = llama_atlas_state_write(ctx, saving.seq_id, LLAMA_ATLAS_STATE_ARCHIVE, atlas_writer::io, w.get(), text, sizeof(text));
         if (res != LLAMA_ATLAS_STATE_OK) {
-            throw common_atlas_error(w.error.empty() ? 409 : 500, w.error.empty() ? text : w.error);
+            throw common_atlas_error(w->error.empty() ? 409 : 500, w->error.empty() ? text : w->error);
         }
-        w.add(atlas_frame::of(LLAMA_ATLAS_PART_CELLS, -1, saving.stride), saving.cells.data(), saving.cells.size());
-        const json result = w.finish(saving.header);
-
-        const int64_t bytes = result.at("bytes").get<int64_t>();
-        if (limits.bytes > 0 && bytes > limits.bytes) {
-            throw common_atlas_error(413, "the session has " + std::to_string(bytes >> 20) + " MiB, and all files may have " + std::to_string(limits.bytes >> 20));
+        w->add(atlas_frame::of(LLAMA_ATLAS_PART_CELLS, -1, saving.stride), 0, saving.cells.data(), saving.cells.size());
+        const json result = w->finish(saving.header, limits.bytes);
+        if (!old) {
+            replace(saving.name, temp, result.at("session").at("saved").get<int64_t>());
         }
-
-        if (n_backup > 0 && fs::exists(target)) {
-            std::error_code ec;
-            int64_t time = result.at("session").at("saved").get<int64_t>();
-            std::string backup;
-            do {
-                backup = target.substr(0, target.size() - 6) + "_" + std::to_string(time++) + ".atlas.bak";
-            } while (fs::exists(backup));
-            fs::create_hard_link(target, backup, ec);
-            if (ec) {
-                fs::copy_file(target, backup);
-            }
-        }
-        fs::rename(temp, target);
-        sync_folder(fs::path(target).parent_path().string());
-
-        const auto old = backups(saving.name);
-        for (size_t i = n_backup; i < old.size(); ++i) {
-            std::error_code ec;
-            fs::remove(old[i], ec);
-        }
+        sound[target] = result.at("bytes").get<int64_t>();
         prune(saving.name, keep);
         return result;
     } catch (const fs::filesystem_error & e) {
@@ -364,17 +351,67 @@ json common_atlas_store::save_end(common_atlas_saving & saving, const std::vecto
     }
 }
 
-std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::string & path, llama_seq_id seq_id) const {
+// What a long session has in its file, when a save is to go behind that: most of it does not change from one to the next.
+// As soon as half of the file is of no use any more, the next save is a new file, and this one becomes a backup.
+// What may be damaged is not built on: the file has to be one that was read or written whole.
+std::unique_ptr<atlas_index> common_atlas_store::growing(const std::string & path, const json & session) const {
+    if (session.at("n_tokens").get<int64_t>() < ATLAS_GROW_TOKENS) {
+        return nullptr;
+    }
+    try {
+        const atlas_reader r(path);
+        const atlas_index & index = r.table();
+        const auto known = sound.find(path);
+        uint64_t used = 0;
+        for (const auto & frame : index.frames) {
+            used += frame.stored;
+        }
+        std::error_code ec;
+        const bool grows = known != sound.end() && known->second == index.end &&
+            fs::hard_link_count(path, ec) == 1 && !ec && // else it is a backup at the same time
+            index.header.at("model").at("hash").get<std::string>() == model_hash &&
+            index.header.at("session").at("created").get<int64_t>() == session.at("created").get<int64_t>() && // not begun again
+            index.end <= 2*used && (limits.bytes == 0 || 3*used <= (uint64_t) limits.bytes);
+        return grows ? std::make_unique<atlas_index>(index) : nullptr;
+    } catch (const common_atlas_error &) {
+        return nullptr;
+    }
+}
+
+// a new file takes the place of the old one, which becomes a backup
+void common_atlas_store::replace(const std::string & name, const std::string & temp, int64_t time) const {
+    const std::string target = path(name);
+    std::error_code ec;
+    if (n_backup > 0 && fs::exists(target)) {
+        std::string backup;
+        do {
+            backup = target.substr(0, target.size() - 6) + "_" + std::to_string(time++) + ".atlas.bak";
+        } while (fs::exists(backup));
+        fs::create_hard_link(target, backup, ec);
+        if (ec) {
+            fs::copy_file(target, backup);
+        }
+    }
+    fs::rename(temp, target);
+    sync_folder(fs::path(target).parent_path().string());
+
+    const auto old = backups(name);
+    for (size_t i = n_backup; i < old.size(); ++i) {
+        fs::remove(old[i], ec);
+    }
+}
+
+std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::string & path, size_t back, llama_seq_id seq_id) const {
     auto res = std::make_shared<common_atlas_loading>();
     res->path   = path;
-    res->reader = std::make_unique<atlas_reader>(path, [ctx = ctx] { return n_workers(ctx); });
+    res->reader = std::make_unique<atlas_reader>(path, [ctx = ctx] { return n_workers(ctx); }, back);
     atlas_reader & r = *res->reader;
     common_atlas_session & session = res->session;
     try {
-        if (r.header.at("model").at("hash").get<std::string>() != model_hash) {
-            throw common_atlas_error(409, "the memory file belongs to another model: " + r.header.at("model").value("description", "unknown"));
+        if (r.header().at("model").at("hash").get<std::string>() != model_hash) {
+            throw common_atlas_error(409, "the memory file belongs to another model: " + r.header().at("model").value("description", "unknown"));
         }
-        const json & about = r.header.at("session");
+        const json & about = r.header().at("session");
         const int64_t n_tokens = atlas_reader::number(about.at("n_tokens"), LLAMA_ATLAS_MAX_TOKENS);
         session.last    = atlas_reader::number(about.at("last"), INT32_MAX, LLAMA_TOKEN_NULL);
         session.created = about.at("created").get<int64_t>();
@@ -406,18 +443,28 @@ std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::s
 }
 
 std::shared_ptr<common_atlas_loading> common_atlas_store::load_begin(const std::string & name, llama_seq_id seq_id) const {
-    std::vector<std::string> files = backups(name);
-    files.insert(files.begin(), path(name));
-
     atlas_lock lock(lock_path(name), false);
 
-    std::unique_ptr<common_atlas_error> first;
+    // from the newest generation of the file to the oldest, then those of the backups
+    std::vector<std::pair<std::string, size_t>> found;
+    std::vector<std::string> files = backups(name);
+    files.insert(files.begin(), path(name));
     for (const auto & file : files) {
+        const size_t n = std::max<size_t>(1, atlas_reader::n_generations(file));
+        for (size_t back = 0; back < n; ++back) {
+            found.emplace_back(file, back);
+        }
+    }
+
+    std::unique_ptr<common_atlas_error> first;
+    for (const auto & [file, back] : found) {
         try {
-            auto res = load_file(file, seq_id);
-            if (first) {
-                LOG_WRN("ATLAS: %s: %s: loaded the backup %s\n", path(name).c_str(), first->what(), file.c_str());
+            auto res = load_file(file, back, seq_id);
+            if (!first) {
+                sound[file] = res->reader->table().end;
+            } else {
                 res->backup = fs::path(file).filename().string();
+                LOG_WRN("ATLAS: %s: %s: loaded %s as it was %zu saves before its last one\n", path(name).c_str(), first->what(), res->backup.c_str(), back);
             }
             return res;
         } catch (const common_atlas_error & e) {
@@ -443,7 +490,7 @@ json common_atlas_store::load_end(common_atlas_loading & loading, llama_seq_id s
     std::error_code ec;
     fs::last_write_time(loading.path, fs::file_time_type::clock::now(), ec); // it was used
 
-    json res = r.header;
+    json res = r.header();
     if (!loading.backup.empty()) {
         res["backup"] = loading.backup;
     }
@@ -454,18 +501,18 @@ json common_atlas_store::describe(const std::string & path) const {
     json res = {{"file", fs::path(path).filename().string()}};
     try {
         const atlas_reader r(path);
-        const json & about = r.header.at("session");
-        const std::string hash = r.header.at("model").at("hash").get<std::string>();
+        const json & about = r.header().at("session");
+        const std::string hash = r.header().at("model").at("hash").get<std::string>();
         res["name"]       = about.at("name").get<std::string>();
         res["n_tokens"]   = about.at("n_tokens").get<int64_t>();
         res["n_archived"] = about.at("n_archived").get<int64_t>();
         res["created"]    = about.at("created").get<int64_t>();
         res["saved"]      = about.at("saved").get<int64_t>();
-        res["model"]      = r.header.at("model").value("description", "unknown");
-        res["cells"]      = r.header.at("params").at("cells").get<int64_t>();
-        res["window"]     = r.header.at("params").at("window").get<int64_t>();
+        res["model"]      = r.header().at("model").value("description", "unknown");
+        res["cells"]      = r.header().at("params").at("cells").get<int64_t>();
+        res["window"]     = r.header().at("params").at("window").get<int64_t>();
         res["bytes"]      = r.size;
-        res["raw"]        = r.header.at("raw").get<int64_t>();
+        res["raw"]        = r.header().at("raw").get<int64_t>();
         res["frames"]     = r.n_frames();
         res["compatible"] = hash == model_hash;
         if (hash != model_hash) {

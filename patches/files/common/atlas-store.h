@@ -4,6 +4,7 @@
 #include "atlas-file.h"
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -34,7 +35,7 @@ public:
 
     // these throw common_atlas_error and return what the file says about itself
 
-    // the file is complete or the old one stays, which becomes a backup
+    // the file is complete or the old one stays, which becomes a backup; that of a long session grows by what is new
     // keep: names that are in use, which no limit deletes
     // room: memory for the cells, best reserved and touched by another thread, for that takes longer than to fill it
     size_t room_for(llama_seq_id seq_id) const;
@@ -59,12 +60,18 @@ private:
     int32_t     level;
     common_atlas_limits limits;
 
+    // where the files end that were read or written whole, by their paths; for the thread of the long steps
+    mutable std::map<std::string, uint64_t> sound;
+
     std::string path(const std::string & name) const;
     std::string lock_path(const std::string & name) const;
     std::vector<std::string> backups(const std::string & name) const; // newest first
     void sweep(const std::string & folder) const;
     void prune(const std::string & name, const std::vector<std::string> & keep) const;
 
-    std::shared_ptr<common_atlas_loading> load_file(const std::string & path, llama_seq_id seq_id) const;
+    std::unique_ptr<atlas_index> growing(const std::string & path, const common_json & session) const;
+    void replace(const std::string & name, const std::string & temp, int64_t time) const;
+
+    std::shared_ptr<common_atlas_loading> load_file(const std::string & path, size_t back, llama_seq_id seq_id) const;
     common_json describe(const std::string & path) const;
 };

@@ -97,7 +97,7 @@ extern "C" {
     // state of a sequence: its memory together with its KV cells
     //
 
-    // what a piece of the state is made of; the pieces of a part come one after the other
+    // what a part of the state is made of; its bytes come one after the other
     enum llama_atlas_part {
         LLAMA_ATLAS_PART_COUNTERS = 0,
         LLAMA_ATLAS_PART_CELLS    = 1, // KV cells
@@ -108,7 +108,9 @@ extern "C" {
 
     // takes the next `size` bytes of a state, or fills them in when a state is read; returns false to give up
     // layer: -1 outside of the archive; stride: the bytes repeat with this period
-    typedef bool (*llama_atlas_state_io)(void * user, enum llama_atlas_part part, int32_t layer, size_t stride, void * data, size_t size);
+    // piece: of the part, counted from 0; a piece of keys or values that is followed by another does not change any more,
+    // whatever is appended to the sequence
+    typedef bool (*llama_atlas_state_io)(void * user, enum llama_atlas_part part, int32_t layer, int32_t piece, size_t stride, void * data, size_t size);
 
     enum llama_atlas_state_result {
         LLAMA_ATLAS_STATE_OK       = 0,

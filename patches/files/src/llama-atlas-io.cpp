@@ -23,7 +23,14 @@
 // the state of a sequence: the same code writes it and reads it, so that both agree
 // what is read may come from anywhere: sizes, counts, indices and numbers are checked before they are used
 
-static constexpr uint32_t ATLAS_STATE_VERSION = 2;
+static constexpr int32_t ATLAS_STATE_VERSION = 3; // 2: all rows of a head are one piece
+
+// keys and values go in pieces of so many tokens that one of a layer has about so many bytes, as long as a state has not
+// too many of them
+static constexpr int64_t ATLAS_PIECE_BYTES = 1 << 20;
+static constexpr int64_t ATLAS_PIECE_MIN   = 256; // tokens
+static constexpr int64_t ATLAS_PIECE_MAX   = 2048;
+static constexpr int64_t ATLAS_PIECES      = 2048; // of all layers together
 
 static constexpr float   ATLAS_VALUE_MAX = 1e7f; // larger than any key, value or query, so that no sum of products overflows
 static constexpr int64_t ATLAS_WAIT_MAX  = 512;  // queries that can wait
@@ -86,19 +93,23 @@ struct llama_atlas::state_io : public llama_io_write_i, public llama_io_read_i {
 
     llama_atlas_part part = LLAMA_ATLAS_PART_COUNTERS;
     int32_t il     = -1;
+    int32_t piece  = 0;
     size_t  stride = 1;
+
+    int64_t n_piece = 0; // tokens of a piece
 
     std::vector<uint8_t> tmp;
 
     void enter(llama_atlas_part part, int32_t il, size_t stride) {
         this->part   = part;
         this->il     = il;
+        this->piece  = 0;
         this->stride = stride;
     }
 
     // for both directions
     void raw(void * data, size_t size) {
-        if (size > 0 && !fn(user, part, il, stride, data, size)) {
+        if (size > 0 && !fn(user, part, il, piece, stride, data, size)) {
             throw std::runtime_error(load ? "the state ends too early" : "the state cannot be written");
         }
         n += size;
@@ -211,7 +222,9 @@ void llama_atlas::state(llama_memory_i & memory, llama_seq_id seq_id, llama_atla
 }
 
 void llama_atlas::state_counters(state_io & io, seq & s) {
-    io.same(ATLAS_STATE_VERSION, "it is of another version");
+    int32_t version = ATLAS_STATE_VERSION;
+    io.num(version);
+    demand_fit(version == ATLAS_STATE_VERSION || version == 2, "it is of another version");
     io.same(layers.size(), "the model has another number of layers");
     for (const auto & l : layers) {
         io.same(l.il,        "the layers differ");
@@ -237,6 +250,13 @@ void llama_atlas::state_counters(state_io & io, seq & s) {
     io.num(first);
     io.num(s.n_refresh);
     io.num(slid);
+
+    io.n_piece = LLAMA_ATLAS_MAX_TOKENS;
+    if (version > 2) {
+        io.n_piece = n_piece(s.n_tok);
+        io.num(io.n_piece);
+        demand(io.n_piece >= ATLAS_PIECE_MIN && io.n_piece <= LLAMA_ATLAS_MAX_TOKENS, "the size of the pieces is out of range");
+    }
 
     if (io.load) {
         demand(s.n_tok > 0 && s.n_tok <= LLAMA_ATLAS_MAX_TOKENS, "the number of tokens is out of range");
@@ -332,8 +352,22 @@ void llama_atlas::state_cells(state_io & io, seq & s, llama_kv_cache & cache, ll
     demand_fit(cache.state_read_data(io, strm, n, sinfo), "the KV cells do not fit");
 }
 
-// the rows of the tokens that the archive holds, in the order of the tokens; those before `first` are only read
-void llama_atlas::state_rows(state_io & io, const seq & s, ggml_type type, int64_t n_values, void * data, int64_t first) {
+// the same for a sequence that has grown, until it is several times as long: what does not change stays in its piece
+int64_t llama_atlas::n_piece(int64_t n_tok) const {
+    size_t size = 0;
+    for (const auto & l : layers) {
+        size = std::max({ size, l.n_head_kv*ggml_row_size(l.k->type, l.dk), l.n_head_kv*ggml_row_size(l.v->type, l.dv) });
+    }
+    const int64_t n_pieces = std::max<int64_t>(8, ATLAS_PIECES/layers.size());
+    int64_t res = ATLAS_PIECE_MIN;
+    while ((res < ATLAS_PIECE_MAX && 2*res*(int64_t) size <= ATLAS_PIECE_BYTES) || res*n_pieces < n_tok) {
+        res *= 2;
+    }
+    return res;
+}
+
+// the rows of the tokens t0..t1 that the archive holds, in their order; those before `first` are only read
+void llama_atlas::state_rows(state_io & io, const seq & s, ggml_type type, int64_t n_values, void * data, int64_t first, int64_t t0, int64_t t1) {
     const size_t size = ggml_row_size(type, n_values);
     const auto rows = [&](int64_t r, int64_t n) {
         void * p = (uint8_t *) data + r*size;
@@ -342,15 +376,17 @@ void llama_atlas::state_rows(state_io & io, const seq & s, ggml_type type, int64
             check_rows(type, p, n*size);
         }
     };
-    rows(0, std::min(s.n_tok, n_sink));
-
-    int64_t t = io.load ? s.n_lost : first;
-    if (io.load && t < first) {
-        io.skip((std::min(first, s.n_tok) - t)*size);
+    t1 = std::min(t1, s.n_tok);
+    if (t0 < std::min(n_sink, t1)) {
+        rows(t0, std::min(n_sink, t1) - t0);
+    }
+    int64_t t = std::max({ t0, n_sink, io.load ? s.n_lost : first });
+    if (io.load && t < std::min(first, t1)) {
+        io.skip((std::min(first, t1) - t)*size);
         t = first;
     }
-    while (t < s.n_tok) {
-        const int64_t m = std::min(s.n_tok - t, n_cap - (t - n_sink) % n_cap);
+    while (t < t1) {
+        const int64_t m = std::min(t1 - t, n_cap - (t - n_sink) % n_cap);
         rows(row(t), m);
         t += m;
     }
@@ -362,18 +398,21 @@ void llama_atlas::state_layer(state_io & io, seq & s, size_t i_layer) {
 
     head * heads = s.heads.data() + l.head0;
 
-    io.enter(LLAMA_ATLAS_PART_KEYS, l.il, ggml_type_size(l.k->type));
-    for (int32_t g = 0; g < l.n_head_kv; ++g) {
-        state_rows(io, s, l.k->type, l.dk, heads[g].k.data(), first);
-    }
-    io.enter(LLAMA_ATLAS_PART_VALUES, l.il, ggml_type_size(l.v->type));
-    for (int32_t g = 0; g < l.n_head_kv; ++g) {
-        state_rows(io, s, l.v->type, l.dv, heads[g].v.data(), first);
-    }
+    const auto pieces = [&](llama_atlas_part part, ggml_type type, int64_t n_values, llama_atlas_buffer head::* data) {
+        io.enter(part, l.il, ggml_type_size(type));
+        for (int64_t t = 0; t < s.n_tok; t += io.n_piece) {
+            for (int32_t g = 0; g < l.n_head_kv; ++g) {
+                state_rows(io, s, type, n_values, (heads[g].*data).data(), first, t, t + io.n_piece);
+            }
+            io.piece++;
+        }
+    };
+    pieces(LLAMA_ATLAS_PART_KEYS,   l.k->type, l.dk, &head::k);
+    pieces(LLAMA_ATLAS_PART_VALUES, l.v->type, l.dv, &head::v);
     io.enter(LLAMA_ATLAS_PART_SCORES, l.il, sizeof(float));
     for (int32_t g = 0; g < l.n_head_kv; ++g) {
         head & h = heads[g];
-        state_rows(io, s, GGML_TYPE_F32, 1, h.u.data(), first);
+        state_rows(io, s, GGML_TYPE_F32, 1, h.u.data(), first, 0, s.n_tok);
         io.list(h.idx,  n_mem);
         io.list(h.slot, n_mem);
         io.list(h.rank, n_mem);

@@ -308,7 +308,8 @@ private:
     void state_counters(state_io & io, seq & s);
     void state_cells   (state_io & io, seq & s, llama_kv_cache & cache, llama_seq_id seq_id);
     void state_layer   (state_io & io, seq & s, size_t i_layer);
-    void state_rows    (state_io & io, const seq & s, ggml_type type, int64_t n_values, void * data, int64_t first);
+    void state_rows    (state_io & io, const seq & s, ggml_type type, int64_t n_values, void * data, int64_t first, int64_t t0, int64_t t1);
+    int64_t n_piece(int64_t n_tok) const;
     void state_resume  (seq & s, llama_seq_id seq_id);
 
     // what runs in the graph's threads, which must not allocate

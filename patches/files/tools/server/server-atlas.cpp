@@ -215,11 +215,12 @@ void server_atlas::save(int id_slot, const server_tokens & tokens, const std::st
             {"n_tokens", n_tokens},
             {"bytes",    header.at("bytes").get<int64_t>()},
             {"raw",      header.at("raw").get<int64_t>()},
+            {"written",  header.at("written").get<int64_t>()},
             {"ms",       ms},
         };
         total.n_saves++;
         total.s_save      += ms/1e3;
-        total.bytes_saved += header.at("bytes").get<int64_t>();
+        total.bytes_saved += header.at("written").get<int64_t>();
         SRV_INF("ATLAS: saved %s\n", res.dump().c_str());
         done(res, nullptr);
     };

@@ -1,0 +1,287 @@
+#include "atlas-file.h"
+
+#define XXH_INLINE_ALL
+#include "hash/xxhash/xxhash.h"
+
+#include <zstd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#ifndef _WIN32
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#else
+#include <io.h>
+#endif
+
+using json = common_json;
+
+static constexpr size_t ATLAS_FRAME_MIN   = 1 << 20; // raw, of those that are written
+static constexpr size_t ATLAS_FRAMES      = 4096;    // about as many at most, as long as they are not too large
+static constexpr size_t ATLAS_SYNC_STEP   = 8 << 20; // bytes
+
+// of the state, see llama-atlas-io.cpp: tokens of a piece, and pieces of all layers
+static constexpr size_t ATLAS_PIECE_LEAST = 256;
+static constexpr size_t ATLAS_PIECES      = 2048;
+
+static json frames_to_json(const std::vector<atlas_frame> & frames, bool with_offset) {
+    json res = json::array();
+    for (const auto & frame : frames) {
+        json item = json::object({
+            {"purpose", frame.purpose},
+            {"layers",  frame.layer < 0 ? json::array() : json::array({frame.layer, frame.layer})},
+            {"raw",     frame.raw},
+            {"stored",  frame.stored},
+            {"shuffle", frame.stride},
+            {"xxh64",   atlas_hex64(frame.hash)},
+            {"content", atlas_hex64(frame.content)},
+        });
+        if (with_offset) {
+            item["offset"] = frame.offset;
+        }
+        res.push_back(std::move(item));
+    }
+    return res;
+}
+
+// only for the user who runs the server, whoever may look into the folder: it has what was said
+static FILE * create_private(const std::string & path) {
+#ifdef _WIN32
+    return fopen(path.c_str(), "wb");
+#else
+    const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, S_IRUSR | S_IWUSR);
+    return fd < 0 ? nullptr : fdopen(fd, "wb");
+#endif
+}
+
+static auto content_of(const atlas_frame & frame) {
+    return std::make_tuple(frame.purpose, frame.layer, frame.stride, frame.raw, frame.content);
+}
+
+atlas_writer::atlas_writer(const std::string & path, const json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers)
+    : path(path), f(create_private(path)), level(level), n_workers(std::move(n_workers)) {
+    if (!f) {
+        throw atlas_io_error("cannot create", path);
+    }
+    plan(header, n_layer, raw_max);
+    // the header comes first, but its table is only known in the end
+    n_front = ATLAS_FIXED + n_header + 8;
+    if (atlas_seek(f.get(), n_front) != 0) {
+        throw atlas_io_error("cannot write", path);
+    }
+}
+
+atlas_writer::atlas_writer(const std::string & path, const atlas_index & old, const json & header, size_t n_layer, size_t raw_max, int32_t level, atlas_workers n_workers)
+    : path(path), f(fopen(path.c_str(), "r+b")), level(level), n_workers(std::move(n_workers)), n_old(old.end) {
+    if (!f) {
+        throw atlas_io_error("cannot write", path);
+    }
+    plan(header, n_layer, raw_max);
+    for (const auto & frame : old.frames) {
+        if (frame.content != 0) {
+            known[content_of(frame)] = frame;
+        }
+    }
+    truncate(); // what a process left that was killed
+    n_front = n_old + ATLAS_RECORD;
+    if (atlas_seek(f.get(), n_front) != 0) {
+        throw atlas_io_error("cannot write", path);
+    }
+}
+
+atlas_writer::~atlas_writer() {
+    if (f && n_old > 0) {
+        pending.clear();
+        truncate();
+    }
+}
+
+// back to the generations that are there
+void atlas_writer::truncate() {
+    fflush(f.get());
+#ifdef _WIN32
+    _chsize_s(_fileno(f.get()), n_old);
+#else
+    if (ftruncate(fileno(f.get()), n_old) != 0) {
+        return; // what is there does no harm
+    }
+#endif
+}
+
+// frames of the same size each time, so that what does not change is in frames that do not change
+void atlas_writer::plan(const json & header, size_t n_layer, size_t raw_max) {
+    for (n_frame = ATLAS_FRAME_MIN; n_frame < ATLAS_FRAME_MAX && raw_max/n_frame > ATLAS_FRAMES; ) {
+        n_frame *= 2;
+    }
+    const size_t n_tokens = header.at("session").at("n_tokens").get<int64_t>();
+    const size_t n_pieces = std::min(n_tokens/ATLAS_PIECE_LEAST + 1, ATLAS_PIECES/std::max<size_t>(1, n_layer) + 8); // of a layer
+    const size_t n_frames = 16 + (3 + 2*n_pieces)*n_layer + raw_max/(n_frame/2);
+    n_header = header.dump().size() + 64 + 192*n_frames;
+    if (n_header > ATLAS_HEADER_MAX) {
+        throw common_atlas_error(413, "the memory is too large for a file: " + std::to_string(raw_max >> 20) + " MiB");
+    }
+}
+
+void atlas_writer::put(uint64_t at, const void * src, size_t size) {
+    if (atlas_seek(f.get(), at) != 0 || fwrite(src, 1, size, f.get()) != size || fflush(f.get()) != 0) {
+        throw atlas_io_error("cannot write", path);
+    }
+}
+
+void atlas_writer::sync() {
+#ifndef _WIN32
+    if (fsync(fileno(f.get())) != 0) {
+        throw atlas_io_error("cannot write", path);
+    }
+#endif
+}
+
+json atlas_writer::finish(json header, uint64_t bytes_max) {
+    flush();
+    drain(0);
+
+    size_t raw = 0;
+    for (const auto & frame : frames) {
+        raw += frame.raw;
+    }
+    header["raw"]    = raw;
+    header["bytes"]  = n_front + n_written;
+    header["frames"] = frames_to_json(frames, n_old > 0);
+    std::string head = header.dump();
+    if (n_old > 0) {
+        n_header = head.size() + 32; // the number below may have more digits
+        header["bytes"] = n_front + n_written + n_header;
+        head = header.dump();
+    }
+    if (head.size() > n_header || n_header > ATLAS_HEADER_MAX) {
+        throw common_atlas_error(500, "the header is larger than expected");
+    }
+    head.resize(n_header, ' ');
+
+    const uint64_t bytes = header.at("bytes").get<int64_t>();
+    if (bytes_max > 0 && bytes > bytes_max) {
+        throw common_atlas_error(413, "the session has " + std::to_string(bytes >> 20) + " MiB, and all files may have " + std::to_string(bytes_max >> 20));
+    }
+
+    std::vector<uint8_t> front(ATLAS_FIXED);
+    if (n_old == 0) {
+        memcpy(front.data(), ATLAS_MAGIC, 8);
+        atlas_write_le(front.data() + 8,  ATLAS_VERSION, 4);
+        atlas_write_le(front.data() + 12, n_header, 4);
+        front.insert(front.end(), head.begin(), head.end());
+        front.resize(n_front);
+        atlas_write_le(front.data() + n_front - 8, XXH64(front.data(), n_front - 8, 0), 8);
+    } else {
+        put(n_front + n_written, head.data(), head.size());
+        sync(); // all that the next bytes speak of has to be there before them
+        front.resize(ATLAS_RECORD);
+        memcpy(front.data(), ATLAS_MAGIC_MORE, 8);
+        atlas_write_le(front.data() +  8, n_written, 8);
+        atlas_write_le(front.data() + 16, n_header, 8);
+        atlas_write_le(front.data() + 24, XXH64(head.data(), head.size(), 0), 8);
+        atlas_write_le(front.data() + 32, XXH64(front.data(), 32, 0), 8);
+    }
+    put(n_old, front.data(), front.size());
+    sync();
+    f.reset();
+    header.erase("frames");
+    header["written"] = n_front - n_old + n_written + (n_old > 0 ? n_header : 0);
+    return header;
+}
+
+atlas_work atlas_writer::pack(atlas_work work) const {
+    atlas_frame & frame = work.frame;
+    frame.raw     = work.data.size();
+    frame.content = XXH64(work.data.data(), work.data.size(), 0);
+    const auto it = known.find(content_of(frame));
+    if (it != known.end()) {
+        frame = it->second;
+        return work;
+    }
+    frame.offset = 0;
+    atlas_shuffle(work.data, work.tmp, frame.stride, false);
+
+    std::unique_ptr<ZSTD_CCtx, size_t (*)(ZSTD_CCtx *)> cctx(ZSTD_createCCtx(), ZSTD_freeCCtx);
+    work.tmp.resize(ZSTD_compressBound(work.data.size()));
+    ZSTD_CCtx_setParameter(cctx.get(), ZSTD_c_compressionLevel, level);
+    ZSTD_CCtx_setParameter(cctx.get(), ZSTD_c_checksumFlag, 1);
+    const size_t n = ZSTD_compress2(cctx.get(), work.tmp.data(), work.tmp.size(), work.data.data(), work.data.size());
+    if (ZSTD_isError(n)) {
+        throw common_atlas_error(500, std::string("cannot compress: ") + ZSTD_getErrorName(n));
+    }
+    work.tmp.resize(n);
+    work.data.swap(work.tmp);
+    frame.stored = n;
+    frame.hash   = XXH64(work.data.data(), n, 0);
+    return work;
+}
+
+void atlas_writer::drain(size_t n_left) {
+    while (pending.size() > n_left) {
+        atlas_work work = pending.front().get();
+        pending.pop_front();
+        if (work.frame.offset == 0) { // it is not in the file yet
+            if (fwrite(work.data.data(), 1, work.data.size(), f.get()) != work.data.size()) {
+                throw common_atlas_error(500, std::string("cannot write the memory file: ") + strerror(errno));
+            }
+            work.frame.offset = n_front + n_written;
+            n_written += work.data.size();
+            begin_sync();
+        }
+        frames.push_back(work.frame);
+        idle.push_back(std::move(work));
+    }
+}
+
+// let the disk begin: else it idles until the end, and then has everything to write at once
+void atlas_writer::begin_sync() {
+#ifdef SYNC_FILE_RANGE_WRITE
+    if (n_written - n_begun >= ATLAS_SYNC_STEP && fflush(f.get()) == 0) {
+        sync_file_range(fileno(f.get()), n_front + n_begun, n_written - n_begun, SYNC_FILE_RANGE_WRITE);
+        n_begun = n_written;
+    }
+#endif
+}
+
+void atlas_writer::flush() {
+    if (!data.empty()) {
+        atlas_work work = atlas_work::from(idle);
+        work.frame = cur;
+        work.data.swap(data);
+        const size_t n = n_workers();
+        pending.push_back(atlas_process(n, [this](atlas_work work) { return pack(std::move(work)); }, std::move(work)));
+        data.clear();
+        drain(n);
+    }
+}
+
+void atlas_writer::add(const atlas_frame & kind, int32_t piece, const void * src, size_t size) {
+    if (!cur.same_kind(kind) || cur_piece != piece) {
+        flush();
+        cur       = kind;
+        cur_piece = piece;
+    }
+    const size_t max = n_frame/kind.stride*kind.stride;
+    for (size_t i = 0; i < size; ) {
+        const size_t n = std::min(size - i, max - data.size());
+        data.insert(data.end(), (const uint8_t *) src + i, (const uint8_t *) src + i + n);
+        if (data.size() == max) {
+            flush();
+        }
+        i += n;
+    }
+}
+
+bool atlas_writer::io(void * user, llama_atlas_part part, int32_t layer, int32_t piece, size_t stride, void * src, size_t size) {
+    auto & w = *(atlas_writer *) user;
+    try {
+        w.add(atlas_frame::of(part, layer, stride), piece, src, size);
+        return true;
+    } catch (const std::exception & e) {
+        w.error = e.what();
+        return false;
+    }
+}

@@ -32,7 +32,7 @@ TOKENS = 400
 LIMIT = 150_000
 """Largest file in bytes in `limit`: a session of TOKENS fits, one of twice as many does not."""
 
-LONG, LONG_LIMIT = 5000, 2_000_000
+LONG, LONG_LIMIT = 5000, 1_500_000
 """The same in `grown`, where a save goes behind what the file has."""
 
 WRAPPER = """\

@@ -6,6 +6,7 @@ import json
 import random
 import struct
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,7 +183,7 @@ def values(good: bytes, count: int, rng: random.Random) -> Iterator[Mutant]:
             if isinstance(value, int) and rng.randrange(3) == 0:
                 holder[key] = value + rng.choice([-1, 1, 4, -value, value, 1 << 20])
             else:
-                holder[key] = rng.choice(HOSTILE)
+                holder[key] = deepcopy(rng.choice(HOSTILE))
             done.append(f"{path} = {json.dumps(holder[key])[:40]}")
         yield Mutant("header values", ", ".join(done), seal(json.dumps(header).encode(), rest), ANY)
 
@@ -332,7 +333,7 @@ def generations(good: bytes, count: int, rng: random.Random) -> Iterator[Mutant]
         else:
             header = placed(good)
             holder, key, path = rng.choice(list(_places(header)))
-            holder[key] = rng.choice(HOSTILE)
+            holder[key] = deepcopy(rng.choice(HOSTILE))
             yield Mutant("generation", f"{path} = {json.dumps(holder[key])[:40]}", grown(good, header), ANY)
 
 

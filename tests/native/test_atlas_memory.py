@@ -334,3 +334,18 @@ async def test_the_memory_of_the_last_request_persists(start, smollm2, folder):
     assert (folder / "small_memory.atlas").exists()
     _, again = await complete(running, TEXT[:4000] + answer["content"] + " and")
     assert again["timings"]["prompt_n"] < 32
+
+
+async def test_a_hostile_number_of_tokens_is_refused_at_once(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    await complete(running, "Once upon a time", memory_file="good")
+    good = (folder / "good.atlas").read_bytes()
+    size = struct.unpack_from("<I", good, 12)[0]
+    header = json.loads(good[16 : 16 + size])
+    number = next(n for n, frame in enumerate(header["frames"]) if frame["purpose"] == "counters")
+    right = struct.pack("<q", header["session"]["n_tokens"])
+    for wrong in (-(1 << 63), -1, 0, 1 << 23, 1 << 40, (1 << 63) - 1):
+        bad = with_raw(good, number, lambda raw, wrong=wrong: raw.replace(right, struct.pack("<q", wrong), 1))
+        (folder / "bad.atlas").write_bytes(bad)
+        status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "bad"})
+        assert status == 400 and "number of tokens" in answer["error"]["message"], answer

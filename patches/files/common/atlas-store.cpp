@@ -338,6 +338,12 @@ json common_atlas_store::save_end(common_atlas_saving & saving, const std::vecto
             replace(saving.name, temp, result.at("session").at("saved").get<int64_t>());
         }
         sound[target] = result.at("bytes").get<int64_t>();
+
+        const auto all = backups(saving.name);
+        for (size_t i = n_backup; i < all.size(); ++i) {
+            std::error_code ec;
+            fs::remove(all[i], ec);
+        }
         prune(saving.name, keep);
         return result;
     } catch (const fs::filesystem_error & e) {
@@ -394,11 +400,6 @@ void common_atlas_store::replace(const std::string & name, const std::string & t
     }
     fs::rename(temp, target);
     sync_folder(fs::path(target).parent_path().string());
-
-    const auto old = backups(name);
-    for (size_t i = n_backup; i < old.size(); ++i) {
-        fs::remove(old[i], ec);
-    }
 }
 
 std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::string & path, size_t back, llama_seq_id seq_id) const {

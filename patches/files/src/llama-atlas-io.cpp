@@ -253,7 +253,7 @@ void llama_atlas::state_counters(state_io & io, seq & s) {
 
     io.n_piece = LLAMA_ATLAS_MAX_TOKENS;
     if (version > 2) {
-        io.n_piece = n_piece(s.n_tok);
+        io.n_piece = io.load ? 0 : n_piece(s.n_tok);
         io.num(io.n_piece);
         demand(io.n_piece >= ATLAS_PIECE_MIN && io.n_piece <= LLAMA_ATLAS_MAX_TOKENS, "the size of the pieces is out of range");
     }

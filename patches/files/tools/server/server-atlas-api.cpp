@@ -231,7 +231,7 @@ std::vector<server_atlas_metric> server_atlas::metrics() const {
         { "saves_total",            "Memory files that were written.",                                   true,  (double) c.n_saves },
         { "save_errors_total",      "Memory files that could not be written.",                           true,  (double) c.n_save_errors },
         { "save_seconds_total",     "Time of writing memory files.",                                     true,  c.s_save },
-        { "saved_bytes_total",      "Bytes that were written to memory files.",                      true,  c.bytes_saved },
+        { "saved_bytes_total",      "Bytes that were written to memory files.",                          true,  c.bytes_saved },
         { "loads_total",            "Memory files that were read.",                                      true,  (double) c.n_loads },
         { "load_errors_total",      "Memory files that could not be read.",                              true,  (double) c.n_load_errors },
         { "load_seconds_total",     "Time of reading memory files.",                                     true,  c.s_load },

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """How fast are prompt and decode over a long history, with ATLAS in 1,024 cells and with full attention?
 
-Through llama-server's own timings: a prompt of 2K, 8K, 32K tokens (more with --tokens), then 64 tokens, greedy; full
-attention with a context that holds the longest. Also: what ATLAS costs in % of the decode time, by part (from the
-`atlas` object beside `timings`, where the server gives it), archive bytes per token, and the peak of resident memory
-over what was resident after loading (with one small request done).
+Through llama-server's own timings: a prompt of 2K, 8K, 32K tokens (more with --tokens), then answers of 64 tokens,
+greedy, each of which goes on where the one before ended; full attention with a context that holds the longest. Also:
+what ATLAS costs in % of the time of the prompt and of the answers, by part (from the `atlas` object beside `timings`),
+archive bytes per token, and the peak of resident memory over what was resident after loading (with one small request
+done).
 Targets: ATLAS decodes at 32K with >= 0.85 of the speed at 2K; against full attention at 32K prefill >= 3 times and
 decode >= 10 times as fast.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from statistics import median
 
 import psutil
 from atlas_common import CORPUS, TEXTS, Server, corpus, place, progress
@@ -23,8 +25,11 @@ from supervisor.models.gguf import read_header
 
 FLAT, PREFILL, DECODE = 0.85, 3.0, 10.0
 
-PARTS_UP_TO = 8192
-"""Longest prompt that is read a second time, to tell the parts of the decode time."""
+ROUNDS = 7
+"""Answers after a prompt; the middle one counts, for the machine's speed changes from one to the next."""
+
+AGAIN = 32
+"""Tokens of the history that an answer may read again: without a memory the last one, with it some."""
 
 PARTS = ("score_ms", "write_ms", "slide_ms")
 
@@ -38,7 +43,7 @@ def main() -> int:
     options.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192, 32768], help="131072 is possible")
     options.add_argument("--full-up-to", type=int, default=32768, help="longest prompt for full attention, tokens")
     options.add_argument("--cells", type=int, default=1024)
-    options.add_argument("--decode", type=int, default=64, help="tokens generated")
+    options.add_argument("--decode", type=int, default=64, help="tokens of an answer")
     options.add_argument("--threads", "-t", type=int, default=len(os.sched_getaffinity(0)))
     options.add_argument("--text", default="glossary", metavar="FILE[:OFFSET]")
     options.add_argument("--corpus", type=Path, default=CORPUS, help="folder of the default texts")
@@ -52,7 +57,7 @@ def main() -> int:
     rows: list[Json] = []
     for mode in given.modes:
         lengths = [n for n in given.tokens if mode == "atlas" or n <= given.full_up_to]
-        cells = given.cells if mode == "atlas" else max(lengths) + given.decode + 192
+        cells = given.cells if mode == "atlas" else max(lengths) + ROUNDS * given.decode + 192
         words = ["-c", str(cells), "-t", str(given.threads), "-ub", "512"]
         if mode == "atlas":
             words += ["--atlas", *given.atlas.split()]
@@ -75,35 +80,44 @@ def _measure(running: Server, where: str, length: int, decode: int) -> Json:
     tokens = running.tokens(text[: length * 8])[:length]
     if len(tokens) < length:
         raise BenchError(f"{where} has only {len(tokens)} tokens, not {length}")
-    greedy = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    greedy = {"temperature": 0, "ignore_eos": True, "return_tokens": True}
     running.call("/completion", {"prompt": tokens[:64], "n_predict": 8, **greedy})
     loaded = int(psutil.Process(running.process.pid).memory_info().rss)
-    whole = running.call("/completion", {"prompt": tokens, "n_predict": decode, **greedy})
-    times = _times(whole)
-    row = {
-        "prompt_per_second": whole["timings"]["prompt_per_second"],
-        "decode_per_second": whole["timings"]["predicted_per_second"],
+    answer = running.call("/completion", {"prompt": tokens, "n_predict": 1, "cache_prompt": False, **greedy})
+    reading = _times(answer, {})
+    rounds, memory = [], answer.get("atlas") or {}
+    for _ in range(ROUNDS):
+        # the history is in the slot: only the last token is read again, and what is measured is the answer
+        tokens, before = tokens + answer["tokens"], answer.get("atlas") or {}
+        answer = running.call("/completion", {"prompt": tokens, "n_predict": decode, "cache_prompt": True, **greedy})
+        if (read := answer["timings"]["prompt_n"]) > AGAIN:
+            raise BenchError(f"{read} tokens of a history of {len(tokens)} were read again")
+        rounds.append(_times(answer, before))
+    row: Json = {
+        "prompt_per_second": reading["prompt_per_second"],
+        "decode_per_second": median(times["predicted_per_second"] for times in rounds),
+        "decode_rounds": [times["predicted_per_second"] for times in rounds],
         "resident_mib": loaded / 2**20,
         "peak_over_resident_mib": (running.peak_bytes() - loaded) / 2**20,
     }
-    memory = whole.get("atlas")
-    if not isinstance(memory, dict) or not all(part in memory for part in PARTS):
-        return row
-    row["atlas"] = memory
-    row["archive_bytes_per_token"] = memory["memory_bytes"] / max(1, memory["tokens_archived"])
-    if length > PARTS_UP_TO:
-        return row
-    # the parts are sums over a request, prompt included: the same prompt alone tells what the decode took
-    prefill = _times(running.call("/completion", {"prompt": tokens, "n_predict": 1, **greedy}))
-    row["overhead_of_all"] = {part: times[part] / times["all_ms"] for part in PARTS}
-    row["overhead_of_decode"] = {part: (times[part] - prefill[part]) / times["decode_ms"] for part in PARTS}
+    if memory:
+        row["atlas"] = memory
+        row["archive_bytes_per_token"] = memory["memory_bytes"] / max(1, memory["tokens_archived"])
+        row["overhead_of_prompt"] = {part: reading[part] / reading["all_ms"] for part in PARTS}
+        row["overhead_of_decode"] = {part: median(times[part] / times["all_ms"] for times in rounds) for part in PARTS}
     return row
 
 
-def _times(answer: Json) -> dict[str, float]:
-    times = answer["timings"]
-    parts = {part: float((answer.get("atlas") or {}).get(part, 0)) for part in PARTS}
-    return {"all_ms": times["prompt_ms"] + times["predicted_ms"], "decode_ms": times["predicted_ms"], **parts}
+def _times(answer: Json, before: Json) -> dict[str, float]:
+    """Milliseconds and speeds of an answer; the memory sums up its parts as long as the history grows."""
+    times, memory = answer["timings"], answer.get("atlas") or {}
+    parts = {part: float(memory.get(part, 0)) - float(before.get(part, 0)) for part in PARTS}
+    return {
+        "all_ms": times["prompt_ms"] + times["predicted_ms"],
+        "prompt_per_second": times["prompt_per_second"],
+        "predicted_per_second": times["predicted_per_second"],
+        **parts,
+    }
 
 
 def _figures(rows: list[Json]) -> Json:
@@ -139,10 +153,9 @@ def _report(rows: list[Json], figures: Json, before: Json, model: str, as_json: 
             f"{row['peak_over_resident_mib']:18.0f} MiB"
         )
         if "overhead_of_decode" in row:
-            for of in ("decode", "all"):
-                parts = ", ".join(f"{part[2:-3]} {value:.1%}" for part, value in row[f"overhead_of_{of}"].items())
-                print(f"{'':16}overhead in the time of {of}: {parts}")
-        if "atlas" in row:
+            for of in ("prompt", "decode"):
+                parts = ", ".join(f"{part[:-3]} {value:.1%}" for part, value in row[f"overhead_of_{of}"].items())
+                print(f"{'':16}of the time of {of}: {parts}")
             print(f"{'':16}archive: {row['archive_bytes_per_token'] / 1024:.1f} KiB per token")
     for name, value in figures.items():
         if isinstance(value, float):

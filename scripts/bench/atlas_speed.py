@@ -29,7 +29,7 @@ ROUNDS = 7
 """Answers after a prompt; the middle one counts, for the machine's speed changes from one to the next."""
 
 AGAIN = 32
-"""Tokens of the history that an answer may read again: without a memory the last one, with it some."""
+"""Tokens that an answer may read before it begins; more would mean that the history was not in the slot."""
 
 PARTS = ("score_ms", "write_ms", "slide_ms")
 
@@ -84,14 +84,13 @@ def _measure(running: Server, where: str, length: int, decode: int) -> Json:
     running.call("/completion", {"prompt": tokens[:64], "n_predict": 8, **greedy})
     loaded = int(psutil.Process(running.process.pid).memory_info().rss)
     answer = running.call("/completion", {"prompt": tokens, "n_predict": 1, "cache_prompt": False, **greedy})
-    reading = _times(answer, {})
-    rounds, memory = [], answer.get("atlas") or {}
+    reading, rounds, memory = _times(answer, {}), [], answer.get("atlas") or {}
     for _ in range(ROUNDS):
-        # the history is in the slot: only the last token is read again, and what is measured is the answer
+        # the history is in the slot: hardly anything is read, and what is measured is the answer
         tokens, before = tokens + answer["tokens"], answer.get("atlas") or {}
         answer = running.call("/completion", {"prompt": tokens, "n_predict": decode, "cache_prompt": True, **greedy})
         if (read := answer["timings"]["prompt_n"]) > AGAIN:
-            raise BenchError(f"{read} tokens of a history of {len(tokens)} were read again")
+            raise BenchError(f"{read} of {len(tokens)} tokens were read again before an answer")
         rounds.append(_times(answer, before))
     row: Json = {
         "prompt_per_second": reading["prompt_per_second"],

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <stdexcept>
 #include <string>
 
 // the C interface of the memory, and the choice of its parameters
@@ -177,4 +178,36 @@ bool llama_atlas_is_computing(const llama_context * ctx) {
 uint64_t llama_atlas_model_hash(const llama_context * ctx) {
     const auto * atlas = ctx->get_atlas();
     return atlas ? atlas->model_hash() : 0;
+}
+
+static llama_atlas_state_result state_call(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text, bool load) {
+    const auto fail = [&](llama_atlas_state_result res, const char * reason) {
+        if (text && n_text > 0) {
+            snprintf(text, n_text, "%s", reason);
+        }
+        return res;
+    };
+    auto * atlas = ctx->get_atlas();
+    if (!atlas) {
+        return fail(LLAMA_ATLAS_STATE_MISMATCH, "the context has no memory");
+    }
+    if (section == LLAMA_ATLAS_STATE_CELLS) {
+        ctx->synchronize();
+    }
+    try {
+        atlas->state(*ctx->get_memory(), seq_id, section, io, user, load);
+    } catch (const llama_atlas_mismatch & e) {
+        return fail(LLAMA_ATLAS_STATE_MISMATCH, e.what());
+    } catch (const std::exception & e) {
+        return fail(LLAMA_ATLAS_STATE_INVALID, e.what());
+    }
+    return LLAMA_ATLAS_STATE_OK;
+}
+
+llama_atlas_state_result llama_atlas_state_write(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
+    return state_call(ctx, seq_id, section, io, user, text, n_text, false);
+}
+
+llama_atlas_state_result llama_atlas_state_read(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
+    return state_call(ctx, seq_id, section, io, user, text, n_text, true);
 }

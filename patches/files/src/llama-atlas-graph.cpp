@@ -3,6 +3,7 @@
 #include "llama-batch.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cinttypes>
@@ -84,6 +85,18 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
     settle();
     jobs.clear();
 
+    const int n_threads = std::max(cparams.n_threads, cparams.n_threads_batch);
+    while ((int) works.size() < n_threads) {
+        works.push_back(std::make_unique<work>());
+    }
+    for (auto & w : works) {
+        w->few.resize(n_few);
+        w->tiles.resize(n_few_tiles);
+    }
+    for (size_t i = 0; i < model.hparams.n_layer_all; ++i) {
+        few_ops[i].next = 0;
+    }
+
     if (cparams.warmup) {
         return;
     }
@@ -114,11 +127,6 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
         j->rows.push_back(i);
     }
     jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const job & j) { return !j.s->active; }), jobs.end());
-
-    const int n_threads = std::max(cparams.n_threads, cparams.n_threads_batch);
-    while ((int) works.size() < n_threads) {
-        works.push_back(std::make_unique<work>());
-    }
 
     for (auto & j : jobs) {
         seq & s = *j.s;

@@ -2,7 +2,6 @@
 
 #include "llama-arch.h"
 #include "llama-batch.h"
-#include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -14,8 +13,6 @@
 #include "../vendor/hash/xxhash/xxhash.h"
 
 #include <algorithm>
-#include <cinttypes>
-#include <cmath>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -35,11 +32,6 @@ static constexpr int64_t ATLAS_PIECES      = 2048; // of all layers together
 static constexpr float   ATLAS_VALUE_MAX = 1e7f; // larger than any key, value or query, so that no sum of products overflows
 static constexpr int64_t ATLAS_WAIT_MAX  = 512;  // queries that can wait
 
-// the state may be right, but not here
-struct atlas_mismatch : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
 static void demand(bool ok, const char * what) {
     if (!ok) {
         throw std::runtime_error(what);
@@ -48,7 +40,7 @@ static void demand(bool ok, const char * what) {
 
 static void demand_fit(bool ok, const char * what) {
     if (!ok) {
-        throw atlas_mismatch(what);
+        throw llama_atlas_mismatch(what);
     }
 }
 
@@ -180,7 +172,7 @@ private:
 
 void llama_atlas::state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io fn, void * user, bool load) {
     if (seq_id < 0 || (size_t) seq_id >= std::min<size_t>(seqs.size(), cparams.n_seq_max)) {
-        throw atlas_mismatch(format("there is no sequence %d", seq_id));
+        throw llama_atlas_mismatch(format("there is no sequence %d", seq_id));
     }
     std::vector<llama_kv_cache *> caches = { kv };
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(&memory)) {
@@ -564,40 +556,4 @@ uint64_t llama_atlas::model_hash() const {
     const uint64_t res = XXH64_digest(state);
     XXH64_freeState(state);
     return res;
-}
-
-//
-// interface
-//
-
-static llama_atlas_state_result state_call(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text, bool load) {
-    const auto fail = [&](llama_atlas_state_result res, const char * reason) {
-        if (text && n_text > 0) {
-            snprintf(text, n_text, "%s", reason);
-        }
-        return res;
-    };
-    auto * atlas = ctx->get_atlas();
-    if (!atlas) {
-        return fail(LLAMA_ATLAS_STATE_MISMATCH, "the context has no memory");
-    }
-    if (section == LLAMA_ATLAS_STATE_CELLS) {
-        ctx->synchronize();
-    }
-    try {
-        atlas->state(*ctx->get_memory(), seq_id, section, io, user, load);
-    } catch (const atlas_mismatch & e) {
-        return fail(LLAMA_ATLAS_STATE_MISMATCH, e.what());
-    } catch (const std::exception & e) {
-        return fail(LLAMA_ATLAS_STATE_INVALID, e.what());
-    }
-    return LLAMA_ATLAS_STATE_OK;
-}
-
-llama_atlas_state_result llama_atlas_state_write(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
-    return state_call(ctx, seq_id, section, io, user, text, n_text, false);
-}
-
-llama_atlas_state_result llama_atlas_state_read(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io io, void * user, char * text, size_t n_text) {
-    return state_call(ctx, seq_id, section, io, user, text, n_text, true);
 }

@@ -4,7 +4,11 @@
 #include <cmath>
 #include <cstring>
 
-// F16 by integer arithmetic, as the compiler vectorizes that for every target; finite values only
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+// F16 by integer arithmetic, as the compiler vectorizes that for every target; what is not finite becomes a large number
 static inline float f16_to_f32(uint16_t h) {
     const uint32_t bits = ((uint32_t) (h & 0x8000) << 16) | ((uint32_t) (h & 0x7fff) << 13);
     float f;
@@ -32,7 +36,13 @@ void atlas_load_row(ggml_type type, const void * src, float * dst, int64_t n) {
         case GGML_TYPE_F16:
             {
                 const uint16_t * x = (const uint16_t *) src;
-                for (int64_t i = 0; i < n; ++i) {
+                int64_t i = 0;
+#ifdef __F16C__
+                for (; i + 8 <= n; i += 8) {
+                    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (x + i))));
+                }
+#endif
+                for (; i < n; ++i) {
                     dst[i] = f16_to_f32(x[i]);
                 }
             } break;
@@ -58,60 +68,106 @@ void atlas_store_row(ggml_type type, const float * src, void * dst, int64_t n) {
     }
 }
 
-#if defined(__GNUC__)
-// one register (or a few) for all lanes: left to itself, GCC takes the accumulators apart
-typedef float lanes_t __attribute__((vector_size(ATLAS_LANES*sizeof(float))));
+// as many floats as a register holds: GCC takes longer vectors apart, and moves the parts through memory
+#if defined(__AVX512F__)
+#define ATLAS_VEC 16
+#elif defined(__AVX__)
+#define ATLAS_VEC 8
 #else
-struct lanes_t {
-    float x[ATLAS_LANES];
+#define ATLAS_VEC 4
+#endif
+
+// and so many of these registers are there
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ATLAS_REGS 32
+#else
+#define ATLAS_REGS 16
+#endif
+
+#if defined(__GNUC__)
+typedef float vec_t __attribute__((vector_size(ATLAS_VEC*sizeof(float))));
+#else
+struct vec_t {
+    float x[ATLAS_VEC];
 };
-static inline lanes_t operator*(float a, const lanes_t & b) {
-    lanes_t r;
-    for (int i = 0; i < ATLAS_LANES; ++i) {
+static inline vec_t operator*(float a, const vec_t & b) {
+    vec_t r;
+    for (int i = 0; i < ATLAS_VEC; ++i) {
         r.x[i] = a*b.x[i];
     }
     return r;
 }
-static inline lanes_t operator*(const lanes_t & a, const lanes_t & b) {
-    lanes_t r;
-    for (int i = 0; i < ATLAS_LANES; ++i) {
+static inline vec_t operator*(const vec_t & a, const vec_t & b) {
+    vec_t r;
+    for (int i = 0; i < ATLAS_VEC; ++i) {
         r.x[i] = a.x[i]*b.x[i];
     }
     return r;
 }
-static inline lanes_t & operator+=(lanes_t & a, const lanes_t & b) {
-    for (int i = 0; i < ATLAS_LANES; ++i) {
+static inline vec_t & operator+=(vec_t & a, const vec_t & b) {
+    for (int i = 0; i < ATLAS_VEC; ++i) {
         a.x[i] += b.x[i];
     }
     return a;
 }
 #endif
 
-template <int NK>
-static inline void dot_tile(float * out, const float * k, const float * qt, int64_t d, int64_t nl) {
-    for (int64_t l = 0; l < nl; l += ATLAS_LANES) {
-        lanes_t acc[NK] = {};
-        for (int64_t i = 0; i < d; ++i) {
-            lanes_t q;
-            memcpy(&q, qt + i*nl + l, sizeof(q));
+static inline vec_t load(const float * x) {
+    vec_t r;
+    memcpy(&r, x, sizeof(r));
+    return r;
+}
+
+// NK rows of k (with T: columns, added to what is there) and NV registers of queries
+template <int NK, int NV, bool T>
+static inline void dot_tile(float * out, const float * k, const float * qt, int64_t d, int64_t stride, int64_t nl) {
+    for (int64_t l = 0; l < nl; l += NV*ATLAS_VEC) {
+        vec_t acc[NK][NV] = {};
+        if (T) {
             for (int j = 0; j < NK; ++j) {
-                acc[j] += k[j*d + i]*q;
+                for (int v = 0; v < NV; ++v) {
+                    acc[j][v] = load(out + j*nl + l + v*ATLAS_VEC);
+                }
+            }
+        }
+        for (int64_t i = 0; i < d; ++i) {
+            vec_t q[NV];
+            for (int v = 0; v < NV; ++v) {
+                q[v] = load(qt + i*nl + l + v*ATLAS_VEC);
+            }
+            for (int j = 0; j < NK; ++j) {
+                for (int v = 0; v < NV; ++v) {
+                    acc[j][v] += (T ? k[i*stride + j] : k[j*stride + i])*q[v];
+                }
             }
         }
         for (int j = 0; j < NK; ++j) {
-            memcpy(out + j*nl + l, &acc[j], sizeof(acc[j]));
+            for (int v = 0; v < NV; ++v) {
+                memcpy(out + j*nl + l + v*ATLAS_VEC, &acc[j][v], sizeof(acc[j][v]));
+            }
         }
     }
 }
 
-void atlas_dot(float * out, const float * k, const float * qt, int64_t nk, int64_t d, int64_t nl) {
+template <bool T>
+static void dot_tiles(float * out, const float * k, const float * qt, int64_t nk, int64_t d, int64_t nl) {
+    constexpr int NV = ATLAS_VEC == ATLAS_LANES ? 1 : 2;
+    const int64_t stride = T ? nk : d;
     int64_t j = 0;
     for (; j + 6 <= nk; j += 6) {
-        dot_tile<6>(out + j*nl, k + j*d, qt, d, nl);
+        dot_tile<6, NV, T>(out + j*nl, k + (T ? j : j*d), qt, d, stride, nl);
     }
     for (; j < nk; ++j) {
-        dot_tile<1>(out + j*nl, k + j*d, qt, d, nl);
+        dot_tile<1, NV, T>(out + j*nl, k + (T ? j : j*d), qt, d, stride, nl);
     }
+}
+
+void atlas_dot(float * out, const float * k, const float * qt, int64_t nk, int64_t d, int64_t nl) {
+    dot_tiles<false>(out, k, qt, nk, d, nl);
+}
+
+void atlas_sum(float * out, const float * v, const float * p, int64_t n, int64_t d, int64_t nl) {
+    dot_tiles<true>(out, v, p, d, n, nl);
 }
 
 #if defined(__has_builtin)
@@ -120,16 +176,23 @@ void atlas_dot(float * out, const float * k, const float * qt, int64_t nk, int64
 #endif
 #endif
 
-// the sums of the lanes of four vectors
-static inline void sum_lanes(const lanes_t * x, float * out) {
+// the sums of the floats of four vectors
+static inline void sum_vecs(const vec_t * x, float * out) {
 #ifdef ATLAS_SHUFFLE
-    static_assert(ATLAS_LANES == 16, "the folds are written for 16 lanes");
-    typedef float half_t  __attribute__((vector_size(8*sizeof(float))));
     typedef float quart_t __attribute__((vector_size(4*sizeof(float))));
     quart_t q[4];
     for (int i = 0; i < 4; ++i) {
+#if ATLAS_VEC == 16
+        typedef float half_t __attribute__((vector_size(8*sizeof(float))));
         const half_t h = __builtin_shufflevector(x[i], x[i], 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x[i], x[i], 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+        const vec_t h = x[i];
+#endif
+#if ATLAS_VEC == 4
+        q[i] = h;
+#else
         q[i] = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+#endif
     }
     const quart_t a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) + __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
     const quart_t b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) + __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
@@ -137,10 +200,10 @@ static inline void sum_lanes(const lanes_t * x, float * out) {
     memcpy(out, &r, sizeof(r));
 #else
     for (int i = 0; i < 4; ++i) {
-        float part[ATLAS_LANES];
+        float part[ATLAS_VEC];
         memcpy(part, &x[i], sizeof(part));
         float sum = 0.0f;
-        for (int l = 0; l < ATLAS_LANES; ++l) {
+        for (int l = 0; l < ATLAS_VEC; ++l) {
             sum += part[l];
         }
         out[i] = sum;
@@ -151,38 +214,44 @@ static inline void sum_lanes(const lanes_t * x, float * out) {
 // NQ queries and 4 keys
 template <int NQ>
 static inline void few_tile(float * out, int64_t n_out, const float * k, const float * q, int64_t d) {
-    lanes_t acc[NQ][4] = {};
-    for (int64_t c = 0; c < d; c += ATLAS_LANES) {
-        lanes_t x[4];
-        for (int i = 0; i < 4; ++i) {
-            memcpy(&x[i], k + i*d + c, sizeof(x[i]));
-        }
+    vec_t acc[NQ][4] = {};
+    for (int64_t c = 0; c < d; c += ATLAS_VEC) {
+        vec_t y[NQ];
         for (int j = 0; j < NQ; ++j) {
-            lanes_t y;
-            memcpy(&y, q + j*d + c, sizeof(y));
-            for (int i = 0; i < 4; ++i) {
-                acc[j][i] += x[i]*y;
+            y[j] = load(q + j*d + c);
+        }
+        for (int i = 0; i < 4; ++i) {
+            const vec_t x = load(k + i*d + c);
+            for (int j = 0; j < NQ; ++j) {
+                acc[j][i] += x*y[j];
             }
         }
     }
-    sum_lanes(acc[0], out);
-    if (NQ > 1) { sum_lanes(acc[NQ > 1 ? 1 : 0], out + 1*n_out); }
-    if (NQ > 2) { sum_lanes(acc[NQ > 2 ? 2 : 0], out + 2*n_out); }
-    if (NQ > 3) { sum_lanes(acc[NQ > 3 ? 3 : 0], out + 3*n_out); }
+    // not in a loop, for which the accumulators would have to be in memory
+    sum_vecs(acc[0], out);
+    if constexpr (NQ > 1) { sum_vecs(acc[1], out + 1*n_out); }
+    if constexpr (NQ > 2) { sum_vecs(acc[2], out + 2*n_out); }
+    if constexpr (NQ > 3) { sum_vecs(acc[3], out + 3*n_out); }
 }
 
 void atlas_dot_few(float * out, int64_t n_out, const float * k, const float * q, int64_t nk, int64_t d, int64_t nq) {
-    const int64_t n4 = d % ATLAS_LANES == 0 ? nk/4*4 : 0;
-    for (int64_t j = 0; j < nq; j += 4) {
+    const int64_t n4 = d % ATLAS_VEC == 0 ? nk/4*4 : 0;
+    for (int64_t j = 0; j < nq; ) {
+        // as many queries at a time as the registers hold
+        const int64_t left = nq - j;
+        const int64_t n = ATLAS_REGS == 32 ? std::min<int64_t>(left, 4) : left == 3 || left > 4 ? 3 : std::min<int64_t>(left, 2);
         for (int64_t i = 0; i < n4; i += 4) {
             float * o = out + j*n_out + i;
-            switch (std::min<int64_t>(nq - j, 4)) {
+            switch (n) {
+#if ATLAS_REGS == 32
                 case 4:  few_tile<4>(o, n_out, k + i*d, q + j*d, d); break;
+#endif
                 case 3:  few_tile<3>(o, n_out, k + i*d, q + j*d, d); break;
                 case 2:  few_tile<2>(o, n_out, k + i*d, q + j*d, d); break;
                 default: few_tile<1>(o, n_out, k + i*d, q + j*d, d);
             }
         }
+        j += n;
     }
     for (int64_t i = n4; i < nk; ++i) {
         for (int64_t j = 0; j < nq; ++j) {

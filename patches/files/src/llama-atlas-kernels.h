@@ -22,7 +22,10 @@ void atlas_store_row(ggml_type type, const float * src, void * dst, int64_t n);
 // out[nk][nl] = k[nk][d] * qt[d][nl], nl a multiple of ATLAS_LANES
 void atlas_dot(float * out, const float * k, const float * qt, int64_t nk, int64_t d, int64_t nl);
 
-// the same for few queries: out[nq][n_out] = q[nq][d] * k[nk][d], fast where d is a multiple of ATLAS_LANES
+// out[d][nl] += transposed v[n][d] * p[n][nl]
+void atlas_sum(float * out, const float * v, const float * p, int64_t n, int64_t d, int64_t nl);
+
+// as atlas_dot() for few queries: out[nq][n_out] = q[nq][d] * k[nk][d], fast where d is a multiple of ATLAS_LANES
 void atlas_dot_few(float * out, int64_t n_out, const float * k, const float * q, int64_t nk, int64_t d, int64_t nq);
 
 // softmax of x[n]; what is behind, up to the next multiple of ATLAS_LANES, is overwritten

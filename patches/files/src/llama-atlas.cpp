@@ -192,6 +192,11 @@ llama_atlas::llama_atlas(
         ops[i].i_layer = i;
     }
 
+    few_ops = std::make_unique<few_op[]>(hparams.n_layer_all);
+    for (size_t i = 0; i < hparams.n_layer_all; ++i) {
+        few_ops[i].atlas = this;
+    }
+
     seqs.resize(cparams.kv_unified ? LLAMA_MAX_SEQ : cparams.n_seq_max);
     wishes.resize(seqs.size());
     for (size_t i = 0; i < seqs.size(); ++i) {

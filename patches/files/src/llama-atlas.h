@@ -14,6 +14,7 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,6 +50,11 @@ private:
     size_t    size_ = 0;
 };
 
+// the state of a sequence may be right, but not here
+struct llama_atlas_mismatch : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 //
 // llama_atlas: the memories of all sequences of a context, see llama-atlas.h
 //
@@ -74,6 +80,11 @@ public:
     // what it does when the graph is computed: archive the new tokens, and fill the memory cells for them
     ggml_tensor * build(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il);
 
+    // Attention of a batch that is too small for the tiles of ggml's flash attention, as the chunks are in which a
+    // prompt is read; nullptr where ggml's is to be taken. All tensors are permuted: [n_embd_head, n, n_head(_kv), n_stream]
+    // returns [n_embd_head*n_head, n*n_stream]
+    ggml_tensor * build_few(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il);
+
     // throws when build() was not called for a layer with memory
     void check() const;
 
@@ -91,7 +102,7 @@ public:
     void set(llama_seq_id seq_id, int32_t n_window, float blend);
     void set_refresh(int32_t n_refresh);
 
-    // write the state of a sequence or read it, throws on failure; see llama-atlas.h
+    // write the state of a sequence or read it, throws on failure (llama_atlas_mismatch or others); see llama-atlas.h
     void state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io fn, void * user, bool load);
 
     // bytes of the KV cells of a sequence, at most
@@ -220,6 +231,9 @@ private:
 
         std::vector<std::pair<float, uint32_t>> ranked;
 
+        std::vector<float>   few;   // see attend()
+        std::vector<int64_t> tiles; // the first keys of those that are not masked
+
         size_t n_arch = 0; // how many of tok are in the archive
 
         int64_t t_score = 0, t_write = 0; // microseconds
@@ -288,9 +302,16 @@ private:
         std::atomic<int32_t> next[4]; // work that is not taken yet, per phase
         std::atomic<int32_t> n_at[4]; // threads that have ended it
     };
+    struct few_op {
+        llama_atlas * atlas;
+        float scale;
+        std::atomic<int32_t> next; // head, or part of one, that is not taken yet
+    };
     std::vector<job>  jobs;
     std::vector<item> items;
     std::unique_ptr<op[]> ops; // one per layer
+    std::unique_ptr<few_op[]> few_ops; // one per layer of the model
+    size_t n_few = 0, n_few_tiles = 0; // what a thread needs for them
 
     int64_t row(int64_t token) const { return token < n_sink ? token : n_sink + (token - n_sink) % n_cap; }
     int64_t first_kept(const seq & s) const; // the oldest token that the archive still holds
@@ -323,6 +344,7 @@ private:
     };
 
     static void compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, int ith, int nth, void * userdata);
+    static void attend(ggml_tensor * dst, int ith, int nth, void * userdata);
     void archive   (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
     void mean_keys (const layer & l, head & h, int64_t b0, int64_t b1, float * x) const;
     void score     (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in, int64_t q0, int64_t q1, bool last);

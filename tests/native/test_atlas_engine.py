@@ -23,6 +23,7 @@ SAME = "--text TEXT -c 256 -n 304 --skip 260 --atlas-chunk 1 --modes atlas"
 OFTEN = "--text TEXT -c 256 -n 480 --skip 260 --atlas-chunk 1 --modes atlas"
 THREADS = "--text TEXT -c 256 --atlas-cells 64 --atlas-window 64 -n 200 --skip 140 --atlas-chunk 16 --modes atlas"
 BEYOND = "--text TEXT:9000 --text TEXT:20000 --atlas-cells 176 --atlas-window 76 -n 289 --skip 256 --atlas-chunk 16"
+CHUNKS = "--text TEXT:9000 --text TEXT:20000 -c 256 -n 400 --atlas-chunk 16 --modes window --atlas-cells 0"
 RUNS = {
     "text": f"{LONG} --modes window,atlas,shuffled",
     "copy": "--copy PASSAGE FILLER --passage 160 --filler 240 -c 256 --atlas-chunk 16 --modes full,window,atlas",
@@ -41,6 +42,12 @@ RUNS = {
     "cap": f"{LONG} --modes atlas,shuffled --atlas-archive-max 8",
     "unread": f"{SHORT} --modes atlas --atlas-blend 0",
     "window": f"{SHORT} --modes window --atlas-cells 0 --atlas-window 124",
+    "chunks": CHUNKS,
+    "chunks, no flash attention": f"{CHUNKS} -fa off",
+    "chunks, two threads": f"{CHUNKS} -t 2",
+    "chunks, three sequences": f"{CHUNKS} -np 3",
+    "chunks, three sequences, one cache": f"{CHUNKS} -np 3 --kv-unified",
+    "chunks, f32": f"{CHUNKS} -ctk f32 -ctv f32",
     "often": OFTEN,
     "seldom": f"{OFTEN} --atlas-refresh 16",
 }
@@ -112,6 +119,20 @@ def test_same_result(runs: Runs, name: str, base: str, tolerance: float) -> None
     assert runs.nll(name) == pytest.approx(runs.nll(base), abs=tolerance)
     assert runs.stats(name)["n_archived"] == runs.stats(base)["n_archived"] > 0
     assert runs.stats(name)["n_recalled"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("no flash attention", 0.02),
+        ("two threads", 1e-4),
+        ("three sequences", 1e-4),
+        ("three sequences, one cache", 0.02),
+        ("f32", 0.02),
+    ],
+)
+def test_chunk_of_a_prompt_has_the_attention_that_the_model_has(runs: Runs, name: str, tolerance: float) -> None:
+    assert runs.nll(f"chunks, {name}", "window") == pytest.approx(runs.nll("chunks", "window"), abs=tolerance)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -17,8 +17,13 @@ static int64_t n_lanes(int64_t n_kv, int64_t n_col, int64_t n_heads, int nth) {
 
 ggml_tensor * llama_atlas::build_few(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il) {
     const int64_t n_col = q->ne[1]*q->ne[2]/k->ne[2];
-    if (staged || q->ne[1] >= n_queries_max || n_col < n_queries_min || !mask || mask->type != GGML_TYPE_F16 || mask->ne[1] != q->ne[1]) {
+    if (q->ne[1] >= n_queries_max || n_col < n_queries_min || !mask || mask->type != GGML_TYPE_F16 || mask->ne[1] != q->ne[1]) {
         return nullptr;
+    }
+    for (const ggml_tensor * t : { k, v }) {
+        if (!t->view_src || !t->view_src->buffer || !ggml_backend_buffer_is_host(t->view_src->buffer)) {
+            return nullptr;
+        }
     }
     const int64_t n_kv = k->ne[1];
     const int64_t nl   = n_lanes(n_kv, n_col, k->ne[2]*q->ne[3], 1);

@@ -49,9 +49,11 @@ void llama_atlas::reserve_work(const seq & s) {
     const int64_t n_group  = std::max<int64_t>({ n_together, params.n_chunk, params.n_refresh });
 
     int64_t n_lanes = 0;
+    int64_t n_rep = 0;
     int64_t d_max = 0;
     for (const auto & l : layers) {
         n_lanes = std::max(n_lanes, atlas_pad_lanes(l.n_rep*n_group));
+        n_rep   = std::max<int64_t>(n_rep, l.n_rep);
         d_max   = std::max<int64_t>({ d_max, l.dk, l.dv });
     }
     const int64_t n_score = std::max<int64_t>((r_cand + 1)*n_mem + 2*n_block + n_ctx + n_group, d_max);
@@ -63,7 +65,7 @@ void llama_atlas::reserve_work(const seq & s) {
         }
     };
     for (auto & w : works) {
-        grow(w->qt,    d_max*n_lanes);
+        grow(w->qt,    3*d_max*n_rep);
         grow(w->s,     n_score*n_lanes);
         grow(w->s1,    n_blocks*n_lanes);
         grow(w->kt,    n_tile*d_max);
@@ -78,6 +80,29 @@ void llama_atlas::reserve_work(const seq & s) {
         w->tok.reserve(n_score);
         w->chosen.reserve(n_mem + n_block);
         w->ranked.reserve(n_rows);
+    }
+}
+
+// make room for what the threads hand to each other
+void llama_atlas::reserve_items() {
+    const int64_t n_group = std::max<int64_t>({ n_together, params.n_chunk, params.n_refresh });
+    const int64_t n_cand  = (r_cand + 1)*n_mem + 2*n_block;
+
+    int32_t n_head_kv = 0;
+    int64_t n_q = 0, n_p = 0;
+    for (const auto & l : layers) {
+        n_head_kv = std::max(n_head_kv, l.n_head_kv);
+        n_q = std::max(n_q, (atlas_pad_lanes(l.n_rep*n_group) + n_share_max*ATLAS_LANES)*l.dk); // the parts are padded
+        n_p = std::max(n_p, l.n_rep*atlas_pad_lanes(n_cand));
+    }
+    n_p = std::max(n_p, n_share_max*2*(n_cand + n_ctx + n_group));
+
+    items.resize(std::max(items.size(), jobs.size()*n_head_kv));
+    for (auto & it : items) {
+        it.q.resize(std::max<size_t>(it.q.size(), n_q));
+        it.p.resize(std::max<size_t>(it.p.size(), n_p));
+        it.tok .reserve(n_cand + n_ctx + n_group);
+        it.todo.reserve(n_sink + n_mem);
     }
 }
 
@@ -135,6 +160,7 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
         try {
             reserve(s, n);
             reserve_work(s);
+            reserve_items();
         } catch (const std::bad_alloc &) {
             LLAMA_LOG_ERROR("%s: out of memory after %" PRId64 " tokens: the sequence cannot slide\n", __func__, s.n_tok);
             s.active = false;
@@ -197,26 +223,10 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
     }
     jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const job & j) { return !j.s->active; }), jobs.end());
 
-    int32_t n_head_kv = 0;
-    int64_t n_q = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
         for (int k = 0; k < 4; ++k) {
             ops[i].next[k] = 0;
             ops[i].n_at[k] = 0;
-        }
-        n_head_kv = std::max(n_head_kv, layers[i].n_head_kv);
-        n_q       = std::max<int64_t>(n_q, layers[i].n_rep*layers[i].dk);
-    }
-    int32_t n_rep = 0;
-    for (const auto & l : layers) {
-        n_rep = std::max(n_rep, l.n_rep);
-    }
-    if (items.size() < jobs.size()*n_head_kv) {
-        items.resize(jobs.size()*n_head_kv);
-        for (auto & it : items) {
-            it.q.resize(n_q);
-            it.p.resize(n_rep*atlas_pad_lanes((r_cand + 1)*n_mem + 2*n_block));
-            it.todo.reserve(n_sink + n_mem);
         }
     }
 }
@@ -311,15 +321,13 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
     };
     const auto whole = [](int32_t, const job &, head &) -> int64_t { return 1; };
 
-    bool any_own = false, any = false;
-    for (const auto & j : a.jobs) {
-        any_own = any_own || j.own;
-        any     = any || j.own || j.choose;
-    }
     if (a.jobs.empty()) {
         return;
     }
     work & w = *a.works[ith];
+
+    // all threads have something to do, and not much more than that: each part converts the keys anew
+    const int64_t n_share = std::clamp<int64_t>((2*nth + n_items - 1)/n_items, 1, n_share_max);
 
     int64_t t_start = ggml_time_us();
 
@@ -327,41 +335,45 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
         const int32_t g = i % l.n_head_kv;
         a.items[i].todo.clear();
         a.archive(j, l, g, h, w, in);
-        a.listen (j, l, g, h, w, in);
+        a.listen (j, l, g, h, w, a.items[i], in, n_share);
         if (j.own) {
             a.ask(j, l, g, h, w, a.items[i], in);
         }
-        if (j.choose) {
-            a.choose(j, h, w);
-            a.place(j, h, w, a.items[i]);
-            a.omega(j, l, g, h, w, in);
-        }
     });
-    if (any_own) {
-        w.t_score += ggml_time_us() - t_start;
-        wait_for_all(o.n_at[0], nth);
-        t_start = ggml_time_us();
-        for_parts(1, [](int32_t, const job & j, head & h) -> int64_t {
-            return j.own ? (h.cand.size() + n_part - 1)/n_part : 0;
-        }, [&](int32_t i, const job &, head & h, int64_t part) {
-            a.ask_part(l, h, w, a.items[i], part*n_part, std::min<int64_t>(h.cand.size(), (part + 1)*n_part));
-        });
-        w.t_score += ggml_time_us() - t_start;
-        wait_for_all(o.n_at[1], nth);
-        t_start = ggml_time_us();
-        for_parts(2, whole, [&](int32_t i, const job & j, head & h, int64_t) {
-            if (j.own) {
-                a.ask_end(l, h, w, a.items[i]);
-                a.choose(j, h, w);
-                a.place(j, h, w, a.items[i]);
-                a.omega(j, l, i % l.n_head_kv, h, w, in);
-            }
-        });
-    }
     w.t_score += ggml_time_us() - t_start;
-    if (!any) {
+    if (std::none_of(a.jobs.begin(), a.jobs.end(), [](const job & j) { return j.own || j.choose; })) {
         return;
     }
+
+    wait_for_all(o.n_at[0], nth);
+    t_start = ggml_time_us();
+    for_parts(1, [&](int32_t i, const job & j, head & h) -> int64_t {
+        return j.choose ? a.items[i].n_parts : j.own ? (h.cand.size() + n_part - 1)/n_part : 0;
+    }, [&](int32_t i, const job & j, head & h, int64_t part) {
+        if (j.choose) {
+            a.score_part(l, h, w, a.items[i], part);
+        } else {
+            a.ask_part(l, h, w, a.items[i], part*n_part, std::min<int64_t>(h.cand.size(), (part + 1)*n_part));
+        }
+    });
+    w.t_score += ggml_time_us() - t_start;
+
+    wait_for_all(o.n_at[1], nth);
+    t_start = ggml_time_us();
+    for_parts(2, whole, [&](int32_t i, const job & j, head & h, int64_t) {
+        if (j.choose) {
+            a.score_end(l, h, w, a.items[i]);
+            a.survivors(j, h, w);
+        } else if (j.own) {
+            a.ask_end(l, h, w, a.items[i]);
+        } else {
+            return;
+        }
+        a.choose(j, h, w);
+        a.place(j, h, w, a.items[i]);
+        a.omega(j, l, i % l.n_head_kv, h, w, in);
+    });
+    w.t_score += ggml_time_us() - t_start;
 
     wait_for_all(o.n_at[2], nth);
     t_start = ggml_time_us();

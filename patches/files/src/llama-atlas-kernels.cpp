@@ -211,6 +211,38 @@ static inline void sum_vecs(const vec_t * x, float * out) {
 #endif
 }
 
+template <bool squares>
+static void row_sums(float * out, const float * x, const float * w, int64_t n, int64_t nl) {
+    for (int64_t i = 0; i < n; i += 4) {
+        // the last rows may be there twice
+        const int64_t last = n - 1;
+        const float * r0 = x + i*nl;
+        const float * r1 = x + std::min(i + 1, last)*nl;
+        const float * r2 = x + std::min(i + 2, last)*nl;
+        const float * r3 = x + std::min(i + 3, last)*nl;
+        vec_t acc[4] = {};
+        for (int64_t c = 0; c < nl; c += ATLAS_VEC) {
+            const vec_t y  = load(w + c);
+            const vec_t x0 = load(r0 + c), x1 = load(r1 + c), x2 = load(r2 + c), x3 = load(r3 + c);
+            acc[0] += squares ? x0*y*x0 : x0*y;
+            acc[1] += squares ? x1*y*x1 : x1*y;
+            acc[2] += squares ? x2*y*x2 : x2*y;
+            acc[3] += squares ? x3*y*x3 : x3*y;
+        }
+        float sums[4];
+        sum_vecs(acc, sums);
+        memcpy(out + i, sums, std::min<int64_t>(n - i, 4)*sizeof(float));
+    }
+}
+
+void atlas_row_sums(float * out, const float * x, const float * w, int64_t n, int64_t nl, bool squares) {
+    if (squares) {
+        row_sums<true>(out, x, w, n, nl);
+    } else {
+        row_sums<false>(out, x, w, n, nl);
+    }
+}
+
 // NQ queries and 4 keys
 template <int NQ>
 static inline void few_tile(float * out, int64_t n_out, const float * k, const float * q, int64_t d) {

@@ -25,6 +25,9 @@ void atlas_dot(float * out, const float * k, const float * qt, int64_t nk, int64
 // out[d][nl] += transposed v[n][d] * p[n][nl]
 void atlas_sum(float * out, const float * v, const float * p, int64_t n, int64_t d, int64_t nl);
 
+// out[n]: the sum of each row of x[n][nl], or of its squares, weighted by w[nl]
+void atlas_row_sums(float * out, const float * x, const float * w, int64_t n, int64_t nl, bool squares);
+
 // as atlas_dot() for few queries: out[nq][n_out] = q[nq][d] * k[nk][d], fast where d is a multiple of ATLAS_LANES
 void atlas_dot_few(float * out, int64_t n_out, const float * k, const float * q, int64_t nk, int64_t d, int64_t nq);
 

@@ -10,7 +10,7 @@
 // what happens in the memory of a KV head: archive, scores, the choice of tokens
 
 // what the new queries look at counts for the survivors; a few wait until they are enough
-void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, work & w, const input & in) {
+void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in, int64_t n_share) {
     const int64_t t1 = j.t0 + (int64_t) j.rows.size();
 
     if (j.score) {
@@ -19,11 +19,17 @@ void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, wo
         int64_t q0 = std::max(j.t0 - j.n_wait, n_sink);
         for (int64_t n = (t1 - q0) % n_group; q0 < t1; n = n_group) {
             if (n > 0) {
-                score(j, l, g, h, w, in, q0, q0 + n, j.choose && q0 + n == t1);
+                const bool last = j.choose && q0 + n == t1;
+                score(j, l, g, h, w, it, in, q0, q0 + n, last ? n_share : 1);
                 q0 += n;
+                if (last) {
+                    return; // the threads share the rest
+                }
+                score_part(l, h, w, it, 0);
+                score_end(l, h, w, it);
             }
         }
-        if (j.choose || j.own) {
+        if (j.own) {
             survivors(j, h, w);
         }
     } else if (n_mem > 0) {
@@ -134,19 +140,25 @@ void llama_atlas::candidates(const job & j, const head & h, work & w, int64_t n_
     }
 }
 
-// attention of the queries [q0, q1) on candidates from the archive, and on the window
-void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, work & w, const input & in, int64_t q0, int64_t q1, bool last) {
+// what the queries [q0, q1) are to be compared with: candidates from the archive, and the window
+void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in, int64_t q0, int64_t q1, int64_t n_share) {
     const seq & s = *j.s;
 
     const int64_t a1    = std::max(s.n_win0, n_sink);
     const int64_t nq    = q1 - q0;
     const int64_t n_use = l.n_rep*nq; // queries
-    const int64_t nl    = atlas_pad_lanes(n_use);
-    const size_t row_k  = ggml_row_size(l.k->type, l.dk);
+    const int64_t n_vec = atlas_pad_lanes(n_use)/ATLAS_LANES;
+    const int64_t nl    = (n_vec + n_share - 1)/n_share*ATLAS_LANES;
 
-    // column r*nq + t: query head r of token t
-    float * qt = w.qt.data();
-    std::fill(qt, qt + l.dk*nl, 0.0f);
+    it.q0     = q0;
+    it.n_use  = n_use;
+    it.nl     = nl;
+    it.n_parts = (n_use + nl - 1)/nl;
+
+    // column r*nq + t: query head r of token t; [n_parts][dk][nl]
+    float * qt = it.q.data();
+    std::fill(qt, qt + it.n_parts*l.dk*nl, 0.0f);
+    const auto column = [&](int64_t c) { return qt + c/nl*l.dk*nl + c % nl; };
     for (int64_t t = 0; t < nq; ++t) {
         const int64_t i = q0 + t - j.t0; // new ones from 0 on
         for (int32_t r = 0; r < l.n_rep; ++r) {
@@ -158,8 +170,9 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
             if (l.rope >= 0) {
                 atlas_rotate(x, j.t_query[l.rope].row(i + j.n_wait), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
             }
+            float * q = column(r*nq + t);
             for (int32_t c = 0; c < l.dk; ++c) {
-                qt[c*nl + r*nq + t] = x[c]*l.scale;
+                q[c*nl] = x[c]*l.scale;
             }
         }
     }
@@ -169,7 +182,7 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
     const int64_t b1 = std::max(b0, (a1 - n_sink)/n_block);
     const int64_t nb = b1 - b0;
 
-    w.tok.clear();
+    it.tok.clear();
 
     const int64_t n_cand = r_cand*n_mem/n_block;
     const bool two_stages = a1 > j0 && nb > n_cand;
@@ -183,14 +196,10 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
         std::vector<float> & s1 = w.s1;
         float * q1t = w.s.data(); // not needed yet
         std::fill(q1t, q1t + l.dk*nl1, 0.0f);
-        for (int32_t c = 0; c < l.dk; ++c) {
-            for (int64_t i = 0; i < n1; ++i) {
-                if (pool) {
-                    const float * x = qt + c*nl + i*n_pool;
-                    q1t[c*nl1 + i] = 0.25f*(x[0] + x[1] + x[2] + x[3]);
-                } else {
-                    q1t[c*nl1 + i] = qt[c*nl + i];
-                }
+        for (int64_t i = 0; i < n1; ++i) {
+            const float * x = column(pool ? i*n_pool : i);
+            for (int32_t c = 0; c < l.dk; ++c, x += nl) {
+                q1t[c*nl1 + i] = pool ? 0.25f*(x[0] + x[1] + x[2] + x[3]) : x[0];
             }
         }
 
@@ -202,71 +211,87 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
             b += n;
         }
         atlas_softmax(s1.data(), nb, nl1, w.tmp.data());
-        for (int64_t b = 0; b < nb; ++b) {
-            float sum = 0.0f;
-            for (int64_t i = 0; i < n1; ++i) {
-                sum += s1[b*nl1 + i];
-            }
-            w.block[b] = sum;
-        }
-        candidates(j, h, w, n_cand, w.tok);
+        float * use = w.tmp.data();
+        std::fill(use, use + n1, 1.0f);
+        std::fill(use + n1, use + nl1, 0.0f);
+        atlas_row_sums(w.block.data(), s1.data(), use, nb, nl1, false);
+        candidates(j, h, w, n_cand, it.tok);
     } else {
         for (int64_t t = j0; t < a1; ++t) {
-            w.tok.push_back(t);
+            it.tok.push_back(t);
         }
     }
-    w.n_arch = w.tok.size();
+    it.n_arch = it.tok.size();
     for (int64_t t = a1; t < q1; ++t) {
-        w.tok.push_back(t);
+        it.tok.push_back(t);
     }
+}
 
-    // stage 2: exact logits
-    const int64_t n = w.tok.size();
+// stage 2: the exact attention of a part of these queries; its sums, of squares and by mass, are [2][n_tok] of it.p
+void llama_atlas::score_part(const layer & l, const head & h, work & w, item & it, int64_t part) {
+    const int64_t nl    = it.nl;
+    const int64_t c0    = part*nl;
+    const int64_t nc    = std::min(nl, it.n_use - c0);
+    const int64_t nq    = it.n_use/l.n_rep;
+    const size_t row_k  = ggml_row_size(l.k->type, l.dk);
+    const float * qt    = it.q.data() + part*l.dk*nl;
+
+    const int64_t n = it.tok.size();
     float * p = w.s.data();
     for (int64_t i = 0; i < n; i += n_tile) {
         const int64_t m = std::min(n_tile, n - i);
         for (int64_t c = 0; c < m; ++c) {
-            atlas_load_row(l.k->type, h.k.data() + row(w.tok[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
+            atlas_load_row(l.k->type, h.k.data() + row(it.tok[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
         }
         atlas_dot(p + i*nl, w.kt.data(), qt, m, l.dk, nl);
     }
-    for (int64_t i = n - 1; i >= 0 && w.tok[i] > q0; --i) { // causal
-        for (int32_t r = 0; r < l.n_rep; ++r) {
-            for (int64_t t = 0; t < nq && q0 + t < w.tok[i]; ++t) {
-                p[i*nl + r*nq + t] = -INFINITY;
+    for (int64_t i = n - 1; i >= 0 && it.tok[i] > it.q0; --i) { // causal
+        for (int64_t c = 0; c < nc; ++c) {
+            if (it.q0 + (c0 + c) % nq < it.tok[i]) {
+                p[i*nl + c] = -INFINITY;
             }
         }
     }
     atlas_softmax(p, n, nl, w.tmp.data());
 
-    for (int64_t i = 0; i < n; ++i) {
-        float sum = 0.0f;
-        for (int64_t c = 0; c < n_use; ++c) {
-            sum += p[i*nl + c]*p[i*nl + c];
-        }
-        h.u[row(w.tok[i])] += sum/(l.n_rep*n_block);
-    }
+    float * use  = w.tmp.data();
+    float * mass = use + nl;
+    std::fill(use, use + nc, 1.0f);
+    std::fill(use + nc, use + nl, 0.0f);
+    atlas_row_sums(it.p.data() + part*2*n, p, use, n, nl, true);
 
-    if (last) {
-        // every query counts the same, whatever part of its attention is in the window
-        float * mass = w.tmp.data();
-        std::fill(mass, mass + nl, 1e-20f);
-        for (size_t i = 0; i < w.n_arch; ++i) {
-            for (int64_t c = 0; c < nl; ++c) {
-                mass[c] += p[i*nl + c];
-            }
-        }
+    // every query counts the same for the recall, whatever part of its attention is in the window
+    std::fill(mass, mass + nl, 1e-20f);
+    for (int64_t i = 0; i < it.n_arch; ++i) {
         for (int64_t c = 0; c < nl; ++c) {
-            mass[c] = c < n_use ? 1.0f/(n_use*mass[c]) : 0.0f;
-        }
-        for (size_t i = 0; i < w.n_arch; ++i) {
-            float sum = 0.0f;
-            for (int64_t c = 0; c < nl; ++c) {
-                sum += p[i*nl + c]*mass[c];
-            }
-            w.rel[i] = sum;
+            mass[c] += p[i*nl + c];
         }
     }
+    for (int64_t c = 0; c < nl; ++c) {
+        mass[c] = c < nc ? 1.0f/(it.n_use*mass[c]) : 0.0f;
+    }
+    atlas_row_sums(it.p.data() + part*2*n + n, p, mass, it.n_arch, nl, false);
+}
+
+// ... and of all of them together
+void llama_atlas::score_end(const layer & l, head & h, work & w, const item & it) {
+    const int64_t n = it.tok.size();
+    const float * sums = it.p.data();
+    for (int64_t i = 0; i < n; ++i) {
+        float u = 0.0f;
+        for (int64_t part = 0; part < it.n_parts; ++part) {
+            u += sums[part*2*n + i];
+        }
+        h.u[row(it.tok[i])] += u/(l.n_rep*n_block);
+    }
+    for (int64_t i = 0; i < it.n_arch; ++i) {
+        w.rel[i] = 0.0f;
+        for (int64_t part = 0; part < it.n_parts; ++part) {
+            w.rel[i] += sums[part*2*n + n + i];
+        }
+    }
+    w.tok.assign(it.tok.begin(), it.tok.end());
+    w.n_arch = it.n_arch;
 }
 
 // what one token's queries look at in the archive; the candidates are kept for the tokens that follow

@@ -127,6 +127,7 @@ private:
     static constexpr int64_t n_pool  = 4;  // queries that stage 1 averages
     static constexpr int64_t n_tile  = 48; // keys that are converted at a time
     static constexpr int64_t n_part  = 64; // candidates or cells that a thread takes at a time
+    static constexpr int64_t n_share_max = 8; // parts of a head's queries that different threads take, at most
     static constexpr int64_t n_together = 16; // queries that are scored together where they choose nothing
     static constexpr size_t  size_aside = 16 << 20; // bytes of an archive that is freed in another thread
     static constexpr int64_t n_scan  = 128;  // blocks that stage 1 may look at per token, on average
@@ -213,7 +214,7 @@ private:
 
     // scratch memory of a thread; everything is sized before the threads start
     struct work {
-        std::vector<float> qt;    // [dk][n_lanes]
+        std::vector<float> qt;    // [n_rep][dk + 2*dv]: see omega()
         std::vector<float> s;     // [n_tokens][n_lanes]
         std::vector<float> s1;    // [n_blocks][n_lanes]
         std::vector<float> kt;    // [n_tile][max(dk, dv)]
@@ -290,9 +291,16 @@ private:
 
     // one KV head of a job in the layer that is computed
     struct item {
-        std::vector<float>    q;    // [n_rep][dk]: queries at the common distance
-        std::vector<float>    p;    // [n_rep][n_cand]: their logits
+        std::vector<float>    q;    // queries at the common distance, see ask() and score()
+        std::vector<float>    p;    // [n_rep][n_cand]: their logits, or what score_part() sums up
         std::vector<uint32_t> todo; // what to write: twice the place in the order, plus 1 when the value is there
+
+        // of score()
+        std::vector<uint32_t> tok; // candidates, then the window
+        int64_t n_arch; // how many of them are in the archive
+        int64_t q0;     // the first token of the queries
+        int64_t n_use;  // queries
+        int64_t n_parts, nl; // parts, and the columns of one
     };
 
     // the graph that is computed
@@ -320,6 +328,7 @@ private:
     void trim(seq & s, int64_t n);
     void reserve(seq & s, int64_t n_new);
     void reserve_work(const seq & s);
+    void reserve_items();
     void settle();
     rope_table make_table(const rope & r, const std::vector<int32_t> & pos) const;
     bool find_cells(llama_seq_id seq_id, std::vector<uint32_t> & res) const;
@@ -347,10 +356,12 @@ private:
     static void attend(ggml_tensor * dst, int ith, int nth, void * userdata);
     void archive   (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
     void mean_keys (const layer & l, head & h, int64_t b0, int64_t b1, float * x) const;
-    void score     (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in, int64_t q0, int64_t q1, bool last);
+    void score     (const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in, int64_t q0, int64_t q1, int64_t n_share);
+    void score_part(const layer & l, const head & h, work & w, item & it, int64_t part);
+    void score_end (const layer & l, head & h, work & w, const item & it);
     void candidates(const job & j, const head & h, work & w, int64_t n_cand, std::vector<uint32_t> & res);
     void survivors (const job & j, head & h, work & w);
-    void listen    (const job & j, const layer & l, int32_t g, head & h, work & w, const input & in);
+    void listen    (const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in, int64_t n_share);
     void ask       (const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in);
     void ask_part  (const layer & l, const head & h, work & w, item & it, int64_t i0, int64_t i1);
     void ask_end   (const layer & l, const head & h, work & w, item & it);

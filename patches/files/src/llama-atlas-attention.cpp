@@ -6,6 +6,7 @@
 // ggml's flash attention has no tiles for less than 64 queries of a head, and takes several times as long for each
 
 static constexpr int64_t n_queries_min = 16;      // of a KV head: fewer are not worth the conversion of keys and values
+static constexpr int64_t n_tokens_min  = 4;       // of a sequence: those of different ones see different keys
 static constexpr int64_t n_queries_max = 64;      // of a head: from there on ggml has its tiles
 static constexpr int64_t n_logits_max  = 1 << 16; // that a thread computes before it needs them, so that they stay in its cache
 
@@ -15,9 +16,9 @@ static int64_t n_lanes(int64_t n_kv, int64_t n_col, int64_t n_heads, int nth) {
     return ATLAS_LANES*std::clamp<int64_t>(std::min(n_part, n_logits_max/n_kv/ATLAS_LANES), 1, 4);
 }
 
-ggml_tensor * llama_atlas::build_few(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il) {
+ggml_tensor * llama_atlas::build_few(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il, int64_t n_seqs) {
     const int64_t n_col = q->ne[1]*q->ne[2]/k->ne[2];
-    if (q->ne[1] >= n_queries_max || n_col < n_queries_min || !mask || mask->type != GGML_TYPE_F16 || mask->ne[1] != q->ne[1]) {
+    if (q->ne[1] >= n_queries_max || n_col < n_queries_min || q->ne[1]*q->ne[3] < n_tokens_min*n_seqs || !mask || mask->type != GGML_TYPE_F16 || mask->ne[1] != q->ne[1]) {
         return nullptr;
     }
     for (const ggml_tensor * t : { k, v }) {

@@ -82,8 +82,8 @@ public:
 
     // Attention of a batch that is too small for the tiles of ggml's flash attention, as the chunks are in which a
     // prompt is read; nullptr where ggml's is to be taken. All tensors are permuted: [n_embd_head, n, n_head(_kv), n_stream]
-    // returns [n_embd_head*n_head, n*n_stream]
-    ggml_tensor * build_few(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il);
+    // returns [n_embd_head*n_head, n*n_stream]; n_seqs: sequences in the batch
+    ggml_tensor * build_few(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il, int64_t n_seqs);
 
     // throws when build() was not called for a layer with memory
     void check() const;

@@ -19,10 +19,9 @@ void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, wo
         int64_t q0 = std::max(j.t0 - j.n_wait, n_sink);
         for (int64_t n = (t1 - q0) % n_group; q0 < t1; n = n_group) {
             if (n > 0) {
-                const bool last = j.choose && q0 + n == t1;
-                score(j, l, g, h, w, it, in, q0, q0 + n, last ? n_share : 1);
+                score(j, l, g, h, w, it, in, q0, q0 + n, n_share);
                 q0 += n;
-                if (last) {
+                if (it.recall) {
                     return; // the threads share the rest
                 }
                 score_part(l, h, w, it, 0);
@@ -148,11 +147,15 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
     const int64_t nq    = q1 - q0;
     const int64_t n_use = l.n_rep*nq; // queries
     const int64_t n_vec = atlas_pad_lanes(n_use)/ATLAS_LANES;
-    const int64_t nl    = (n_vec + n_share - 1)/n_share*ATLAS_LANES;
 
-    it.q0     = q0;
-    it.n_use  = n_use;
-    it.nl     = nl;
+    // the last queries of a chunk choose, and only they are shared
+    it.recall = j.choose && q1 == j.t0 + (int64_t) j.rows.size();
+
+    const int64_t nl = it.recall ? (n_vec + n_share - 1)/n_share*ATLAS_LANES : n_vec*ATLAS_LANES;
+
+    it.q0      = q0;
+    it.n_use   = n_use;
+    it.nl      = nl;
     it.n_parts = (n_use + nl - 1)/nl;
 
     // column r*nq + t: query head r of token t; [n_parts][dk][nl]
@@ -260,6 +263,10 @@ void llama_atlas::score_part(const layer & l, const head & h, work & w, item & i
     std::fill(use + nc, use + nl, 0.0f);
     atlas_row_sums(it.p.data() + part*2*n, p, use, n, nl, true);
 
+    if (!it.recall) {
+        return;
+    }
+
     // every query counts the same for the recall, whatever part of its attention is in the window
     std::fill(mass, mass + nl, 1e-20f);
     for (int64_t i = 0; i < it.n_arch; ++i) {
@@ -283,6 +290,9 @@ void llama_atlas::score_end(const layer & l, head & h, work & w, const item & it
             u += sums[part*2*n + i];
         }
         h.u[row(it.tok[i])] += u/(l.n_rep*n_block);
+    }
+    if (!it.recall) {
+        return;
     }
     for (int64_t i = 0; i < it.n_arch; ++i) {
         w.rel[i] = 0.0f;

@@ -301,6 +301,7 @@ private:
         int64_t q0;     // the first token of the queries
         int64_t n_use;  // queries
         int64_t n_parts, nl; // parts, and the columns of one
+        bool    recall; // they choose what the cells get
     };
 
     // the graph that is computed

@@ -22,6 +22,7 @@ SHORT = "--text TEXT -c 256 -n 512 --atlas-chunk 16"
 SAME = "--text TEXT -c 256 -n 304 --skip 260 --atlas-chunk 1 --modes atlas"
 OFTEN = "--text TEXT -c 256 -n 480 --skip 260 --atlas-chunk 1 --modes atlas"
 THREADS = "--text TEXT -c 256 --atlas-cells 64 --atlas-window 64 -n 200 --skip 140 --atlas-chunk 16 --modes atlas"
+FAR = "--text TWICE -c 256 -n 9600 --skip 9500 --atlas-chunk 16"
 BEYOND = "--text TEXT:9000 --text TEXT:20000 --atlas-cells 176 --atlas-window 76 -n 289 --skip 256 --atlas-chunk 16"
 CHUNKS = "--text TEXT:9000 --text TEXT:20000 -c 256 -n 400 --atlas-chunk 16 --modes window --atlas-cells 0"
 RUNS = {
@@ -42,6 +43,8 @@ RUNS = {
     "cap": f"{LONG} --modes atlas,shuffled --atlas-archive-max 8",
     "unread": f"{SHORT} --modes atlas --atlas-blend 0",
     "window": f"{SHORT} --modes window --atlas-cells 0 --atlas-window 124",
+    "far, unread": f"{FAR} --modes atlas --atlas-blend 0",
+    "far, window": f"{FAR} --modes window --atlas-cells 0 --atlas-window 124",
     "chunks": CHUNKS,
     "chunks, no flash attention": f"{CHUNKS} -fa off",
     "chunks, two threads": f"{CHUNKS} -t 2",
@@ -81,6 +84,7 @@ def runs(native_server: Path, smollm2: Path, gemma3: Path, tmp_path_factory: pyt
     folder = tmp_path_factory.mktemp("texts")
     words = {"GEMMA": str(gemma3)}
     sources = {"TEXT": [ROOT / "tests" / "data" / "text.txt"], "PASSAGE": [ROOT / "README.md"]}
+    sources["TWICE"] = 2 * sources["TEXT"]
     sources["FILLER"] = [ROOT / "docs" / "design.md", ROOT / "LICENSE"]
     for name, paths in sources.items():
         (folder / name).write_text("".join(path.read_text() for path in paths))
@@ -152,6 +156,11 @@ def test_archive_forgets_the_oldest_when_it_is_full(runs: Runs) -> None:
 
 def test_memory_that_is_not_read_is_the_window(runs: Runs) -> None:
     assert runs.nll("unread") == pytest.approx(runs.nll("window", "window"), abs=0.03)
+
+
+def test_sinks_stay_near_a_window_without_memory(runs: Runs) -> None:
+    """They have to move with it: the model was trained on 8,192 tokens, and no further behind do they work as sinks."""
+    assert runs.nll("far, window", "window") == pytest.approx(runs.nll("far, unread"), abs=0.05)
 
 
 def test_frequent_refreshes_do_no_harm(runs: Runs) -> None:

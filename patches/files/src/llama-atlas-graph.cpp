@@ -174,6 +174,7 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
         j.b0     = s.n_rep;
         j.b1     = std::max<int64_t>(0, s.n_win0 - n_sink)/n_block;
         j.slid   = s.slid;
+        j.sinks  = s.slid && n_mem == 0;
         if (n == 1 && has_cells && params.n_refresh < n_together) {
             j.own    = s.slid || s.n_tok % params.n_refresh == 0;
             j.score  = s.slid || s.n_wait + n >= n_together;
@@ -205,7 +206,7 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
                 s.t_cell.push_back(make_table(r, pos_cell));
             }
         }
-        if (staged && (j.choose || j.own) && s.stage_k.empty()) {
+        if (staged && (j.choose || j.own || j.sinks) && s.stage_k.empty()) {
             for (const auto & l : layers) {
                 s.stage_k.emplace_back(s.cells.size()*l.k->nb[1]);
                 s.stage_v.emplace_back(s.cells.size()*l.v->nb[1]);
@@ -341,7 +342,7 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
         }
     });
     w.t_score += ggml_time_us() - t_start;
-    if (std::none_of(a.jobs.begin(), a.jobs.end(), [](const job & j) { return j.own || j.choose; })) {
+    if (std::none_of(a.jobs.begin(), a.jobs.end(), [](const job & j) { return j.own || j.choose || j.sinks; })) {
         return;
     }
 
@@ -366,10 +367,14 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
             a.survivors(j, h, w);
         } else if (j.own) {
             a.ask_end(l, h, w, a.items[i]);
-        } else {
+        } else if (!j.sinks) {
             return;
         }
-        a.choose(j, h, w);
+        if (j.sinks) {
+            w.chosen.clear();
+        } else {
+            a.choose(j, h, w);
+        }
         a.place(j, h, w, a.items[i]);
         a.omega(j, l, i % l.n_head_kv, h, w, in);
     });
@@ -389,7 +394,7 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
         wait_for_all(o.n_at[3], nth);
         if (ith == 0) {
             for (const auto & j : a.jobs) {
-                if (j.choose || j.own) {
+                if (j.choose || j.own || j.sinks) {
                     a.upload(j, o.i_layer);
                 }
             }

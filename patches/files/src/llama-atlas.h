@@ -252,6 +252,7 @@ private:
         bool    choose; // fill the cells by the scores of these queries
         bool    own;    // fill the cells by the query of the one new token
         bool    slid;   // all their keys have to move
+        bool    sinks;  // there are no memory cells: only the sinks move
         int64_t measure; // the layer in which the error of the choice is measured, -1: none
         std::vector<rope_table> t_key;   // per rope: angles of the new tokens' positions
         std::vector<rope_table> t_query; // ... that turn the queries to the common distance

@@ -3,9 +3,10 @@
 
 Output: greedy answers to 20 prompts (48 tokens each, with the log-probabilities of the 20 likeliest tokens), one slot,
 the same threads: must be bit-identical. Speed: llama-bench of both builds, prompt of 512 and decode of 64 tokens, must
-be at most 1 % slower. Both run at the same time, each on half of the CPUs, and change places for the second half of a
-round: what disturbs a shared machine by tens of percent then hits both. The median of the rounds' ratios counts, and
-its 95 % interval (order statistics) says whether it can be told at all.
+be at most 1 % slower. The two run at the same time, with one thread each, on the same CPU, where the kernel changes
+from one to the other every few milliseconds: what disturbs a shared machine by tens of percent hits both alike. The
+CPU time of each counts. A round has such a pair on every CPU; the median of all ratios is judged, and its 95 %
+interval (order statistics) says whether it can be told at all.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from common import BenchError, Json, machine_state, model_file, parser, print_ma
 SLOWER = 0.01
 MET = "met"
 
-REPEATED = 2
-"""Times that llama-bench repeats a test."""
+TESTS = {"prompt": "-p 512 -n 0 -r 2", "decode": "-p 0 -n 64 -r 8"}
+"""Arguments of llama-bench; long enough that its start does not count."""
 
 TOPICS = (
     "a river in winter", "the history of paper", "how bread is made", "the moons of Jupiter", "a letter to a friend",
@@ -43,29 +44,21 @@ def main() -> int:
     options.add_argument("--model", type=model_file, required=True, help="GGUF file")
     options.add_argument("--rounds", type=int, default=7)
     given = options.parse_args()
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < 2:
-        raise BenchError("the two builds run side by side: at least two CPUs are needed")
-    halves = cpus[: len(cpus) // 2], cpus[len(cpus) // 2 : len(cpus) // 2 * 2]
     before = machine_state()
     builds = {"base": given.base, "patched": given.patched}
-    said = {name: _answers(server, given.model, len(cpus), name) for name, server in builds.items()}
+    said = {name: _answers(server, given.model, name) for name, server in builds.items()}
     different = [TOPICS[number] for number in range(len(TOPICS)) if said["base"][number] != said["patched"][number]]
-    benches = {name: server.parent / "llama-bench" for name, server in builds.items()}
-    speeds: dict[str, dict[str, list[float]]] = {name: {} for name in builds}
+    benches = [server.parent / "llama-bench" for server in builds.values()]
+    seconds: dict[str, list[tuple[float, float]]] = {test: [] for test in TESTS}
     for number in steps(list(range(given.rounds + 1)), "llama-bench"):
-        for name, speed in _round(benches, given.model, halves).items():
-            for test, value in speed.items():
-                if number:  # the round before does not count
-                    speeds[name].setdefault(test, []).append(value)
-    ratios = {
-        test: _median([patched / base for base, patched in zip(speeds["base"][test], of, strict=True)])
-        for test, of in speeds["patched"].items()
-    }
+        for test, args in TESTS.items():
+            pairs = _pairs(benches, [*args.split(), "-m", str(given.model)], swapped=number % 2 == 1)
+            seconds[test] += pairs if number else []  # the round before does not count
+    ratios = {test: _median([base / patched for base, patched in pairs]) for test, pairs in seconds.items()}
     verdict = _verdict(not different, list(ratios.values()))
     if given.json:
-        result = {"benchmark": "atlas off", "different": different, "rounds": speeds}
-        result |= {"patched_over_base": ratios, "verdict": verdict}
+        result = {"benchmark": "atlas off", "different": different, "cpu_seconds": seconds}
+        result |= {"speed_of_base": ratios, "verdict": verdict}
         print(json.dumps(result | {"machine": {"before": before, "after": machine_state()}}, indent=2))
         return 0 if verdict == MET else 1
     print(
@@ -74,9 +67,11 @@ def main() -> int:
         + "; ".join(different)
     )
     for test, (middle, low, high) in ratios.items():
-        all_ = (speeds[name][test] for name in builds)
-        base, patched = (f"{statistics.median(one):.1f} ({min(one):.1f} to {max(one):.1f})" for one in all_)
-        print(f"{test}: base {base}, patched {patched} tokens/s: {middle - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})")
+        base, patched = (f"{statistics.median(one):.2f}" for one in zip(*seconds[test], strict=True))
+        print(
+            f"{test}: {base} and {patched} s of CPU time, {len(seconds[test])} pairs: speed {middle - 1:+.2%} "
+            f"({low - 1:+.2%} to {high - 1:+.2%})"
+        )
     print(f"target: identical and at most {SLOWER:.0%} slower: {verdict}")
     print_machine(before)
     return 0 if verdict == MET else 1
@@ -96,9 +91,9 @@ def _median(of: list[float]) -> tuple[float, float, float]:
     return statistics.median(ranked), ranked[least], ranked[-1 - least]
 
 
-def _answers(server: Path, model: Path, threads: int, note: str) -> list[Json]:
+def _answers(server: Path, model: Path, note: str) -> list[Json]:
     body = {"n_predict": 48, "temperature": 0, "n_probs": 20, "return_tokens": True, "ignore_eos": True, "seed": 1}
-    with Server(server, model, ["-c", "1024", "-t", str(threads)]) as running:
+    with Server(server, model, ["-c", "1024", "-t", str(len(os.sched_getaffinity(0)))]) as running:
         found = []
         for topic in steps(list(TOPICS), f"greedy, {note}"):
             answer = running.call("/completion", {"prompt": f"Here is a text about {topic}.\n\n", **body})
@@ -106,27 +101,33 @@ def _answers(server: Path, model: Path, threads: int, note: str) -> list[Json]:
     return found
 
 
-def _round(benches: dict[str, Path], model: Path, halves: tuple[list[int], list[int]]) -> dict[str, dict[str, float]]:
-    """Run both on one half of the CPUs each, and again on the other; return the geometric means of the speeds."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in benches}
-    with ThreadPoolExecutor(len(benches)) as pool:
-        for places in (halves, halves[::-1]):
-            pairs = zip(benches.values(), places, strict=True)
-            started = [pool.submit(_bench, bench, model, half) for bench, half in pairs]
-            for name, run in zip(benches, started, strict=True):
-                runs[name].append(run.result())
-    return {name: {test: math.sqrt(a[test] * b[test]) for test in a} for name, (a, b) in runs.items()}
+def _pairs(benches: list[Path], args: list[str], *, swapped: bool) -> list[tuple[float, float]]:
+    """Run both builds on every CPU, all at once; return their CPU times in seconds."""
+    cpus = sorted(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(len(cpus) * len(benches)) as pool:
+        started = [
+            [pool.submit(_cpu_seconds, bench, args, cpu) for bench in (benches[::-1] if swapped else benches)]
+            for cpu in cpus
+        ]
+        used = [[one.result() for one in pair] for pair in started]
+    return [(second, first) if swapped else (first, second) for first, second in used]
 
 
-def _bench(binary: Path, model: Path, cpus: list[int]) -> dict[str, float]:
-    os.sched_setaffinity(0, cpus)  # of this thread, which its child inherits
-    command = [str(binary), "-m", str(model), "-p", "512", "-n", "64", "-r", str(REPEATED)]
-    command += ["-t", str(len(cpus)), "-o", "json"]
+def _cpu_seconds(bench: Path, args: list[str], cpu: int) -> float:
+    os.sched_setaffinity(0, [cpu])  # of this thread, which its child inherits
+    command = [str(bench), "-t", "1", *args]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BenchError(f"{' '.join(command)}: {error}") from error
-    return {"prompt" if row["n_prompt"] else "decode": float(row["avg_ts"]) for row in json.loads(ended.stdout)}
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
+            said = running.stderr.read() if running.stderr else b""
+            _, status, used = os.wait4(running.pid, 0)
+            running.returncode = os.waitstatus_to_exitcode(status)
+    except OSError as error:
+        raise BenchError(f"{bench}: {error}") from error
+    if running.returncode:
+        raise BenchError(
+            f"{' '.join(command)} exited with {running.returncode}: {said[-500:].decode(errors='replace')}"
+        )
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

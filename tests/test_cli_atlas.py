@@ -104,6 +104,13 @@ def test_ctrl_c_ends_the_child(environment: dict[str, str], tmp_path: Path) -> N
         os.kill(int(pid.read_text()), 0)
 
 
+def test_ctrl_c_within_the_code_of_a_string(environment: dict[str, str], tmp_path: Path) -> None:
+    """Libraries make their dataclasses so; the exit code must not depend on where the signal comes."""
+    interrupting = 'import subprocess\nsubprocess.Popen = lambda *_, **__: exec("raise KeyboardInterrupt")\n'
+    (tmp_path / "sitecustomize.py").write_text(interrupting)
+    assert evaluate({**environment, "PYTHONPATH": str(tmp_path)}, tmp_path).returncode == 130
+
+
 def test_gap_needs_a_gap() -> None:
     assert gap_recovered({"full": 2.0, "window": 2.0, "atlas": 1.9}) is None
     assert gap_recovered({"full": 2.0, "window": 3.0}) is None

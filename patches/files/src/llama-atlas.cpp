@@ -24,29 +24,6 @@
 #endif
 
 //
-// llama_atlas_buffer
-//
-
-llama_atlas_buffer::llama_atlas_buffer(const llama_atlas_buffer & other) {
-    reserve(other.size_);
-    if (size_ > 0) {
-        memcpy(data_, other.data_, size_);
-    }
-}
-
-void llama_atlas_buffer::reserve(size_t size) {
-    if (size <= size_) {
-        return;
-    }
-    void * p = realloc(data_, size);
-    if (!p) {
-        throw std::bad_alloc();
-    }
-    data_ = (uint8_t *) p;
-    size_ = size;
-}
-
-//
 // llama_atlas
 //
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "llama-atlas-buffer.h"
 #include "llama-atlas-kernels.h"
 #include "llama-kv-cache.h"
 
@@ -10,7 +11,6 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <future>
 #include <memory>
@@ -22,33 +22,6 @@
 struct llama_cparams;
 struct llama_model;
 struct llama_ubatch;
-
-// a growing array in host memory that is enlarged in place where the system can do that (mremap)
-// throws std::bad_alloc; the content stays as it was then
-class llama_atlas_buffer {
-public:
-    llama_atlas_buffer() = default;
-    llama_atlas_buffer(const llama_atlas_buffer & other);
-    llama_atlas_buffer(llama_atlas_buffer && other) noexcept : data_(other.data_), size_(other.size_) {
-        other.data_ = nullptr;
-        other.size_ = 0;
-    }
-    llama_atlas_buffer & operator=(llama_atlas_buffer other) noexcept {
-        std::swap(data_, other.data_);
-        std::swap(size_, other.size_);
-        return *this;
-    }
-    ~llama_atlas_buffer() { free(data_); }
-
-    void reserve(size_t size);
-
-    uint8_t * data() const { return data_; }
-    size_t    size() const { return size_; }
-
-private:
-    uint8_t * data_ = nullptr;
-    size_t    size_ = 0;
-};
 
 // the state of a sequence may be right, but not here
 struct llama_atlas_mismatch : std::runtime_error {

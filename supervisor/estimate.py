@@ -92,6 +92,8 @@ class Shape:
     ubatch: int = 512
     k_bits: int = 128  # of eight values
     v_bits: int = 128
+    archive_k_bits: int = 68
+    archive_v_bits: int = 68
     full_windows: bool = False
     flash: bool = True
     repack: bool = True
@@ -118,19 +120,28 @@ def shape_of(command: Sequence[str], environ: Mapping[str, str], header: Header,
     if flags.has("--atlas") or flags.has("--atlas-auto"):
         limit = flags.number("--atlas-archive-max")
         atlas = limit * MIB if limit else max(memory // 4, 256 * MIB)
+    k_bits = CACHE_BITS.get(flags.text("-ctk", "--cache-type-k", env="CACHE_TYPE_K") or "f16", 128)
+    v_bits = CACHE_BITS.get(flags.text("-ctv", "--cache-type-v", env="CACHE_TYPE_V") or "f16", 128)
     return Shape(
         context=_padded(context, 256),
         slots=AUTO_SLOTS if slots is None or auto else slots,
         unified=(auto or flags.has("-kvu", "--kv-unified")) and not flags.has("-no-kvu", "--no-kv-unified"),
         ubatch=max(1, min(batch, flags.number("-ub", "--ubatch-size", env="UBATCH") or 512, _padded(context, 256))),
-        k_bits=CACHE_BITS.get(flags.text("-ctk", "--cache-type-k", env="CACHE_TYPE_K") or "f16", 128),
-        v_bits=CACHE_BITS.get(flags.text("-ctv", "--cache-type-v", env="CACHE_TYPE_V") or "f16", 128),
+        k_bits=k_bits,
+        v_bits=v_bits,
+        archive_k_bits=_archive_bits(flags.text("--atlas-type-k", env="ATLAS_TYPE_K"), k_bits),
+        archive_v_bits=_archive_bits(flags.text("--atlas-type-v", env="ATLAS_TYPE_V"), v_bits),
         full_windows=flags.has("--swa-full"),
         flash=flags.text("-fa", "--flash-attn", env="FLASH_ATTN") not in ("off", "0", "false"),
         repack=not flags.has("-nr", "--no-repack"),
         mapped=not flags.has("--no-mmap"),
         atlas_max=atlas,
     )
+
+
+def _archive_bits(type: str | None, cache: int) -> int:
+    """Return the bits of eight values in the archive, which without a type has q8_0 where the cache has more."""
+    return CACHE_BITS.get(type, 128) if type else min(cache, CACHE_BITS["q8_0"])
 
 
 def estimate(header: Header, size: int, shape: Shape, *, projector: int = 0) -> Estimate:
@@ -171,7 +182,8 @@ def _archive_bytes(header: Header, shape: Shape) -> int:
     """One context of every token's keys and values; the archive may grow on to its limit."""
     if shape.atlas_max is None:
         return 0
-    per_token = sum(k * shape.k_bits + v * shape.v_bits for k, v in _kv_widths(header)) // 64
+    k_bits, v_bits = shape.archive_k_bits, shape.archive_v_bits
+    per_token = sum(k * k_bits + v * v_bits for k, v in _kv_widths(header)) // 64
     return min(shape.atlas_max, shape.context * per_token)
 
 

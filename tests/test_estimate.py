@@ -101,7 +101,9 @@ def test_a_memory_takes_one_context_at_first_and_no_more_than_its_limit():
         return estimate(SMOLLM2, 0, shape_of(flags.split(), {}, SMOLLM2, 8 << 30)).atlas
 
     assert atlas("-c 2048") == 0
-    assert atlas("-c 2048 --atlas") == 45 * MIB
+    assert atlas("-c 2048 --atlas --atlas-type-k f16 --atlas-type-v f16") == 45 * MIB
+    assert atlas("-c 2048 --atlas") == 45 * MIB * 68 // 128
+    assert atlas("-c 2048 --atlas -ctk q4_0 -ctv q4_0") == 45 * MIB * 36 // 128
     assert atlas("-c 2048 --atlas-auto --atlas-archive-max 20") == 20 * MIB
 
 

@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "tests" / "data" / "text.txt").read_text()
 
 
+TYPES = {"f16": ["--atlas-type-k", "f16", "--atlas-type-v", "f16"], "q8_0": []}
+"""Flags for the type of the archive."""
+
 KINDS = ("tokens", "counters", "cells", "keys", "values", "scores")
 
 
@@ -50,7 +53,9 @@ async def restart(running) -> None:
         pass
 
 
-@pytest.mark.parametrize("types", [[], ["-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on"], ["-fa", "off"]])
+@pytest.mark.parametrize(
+    "types", [[], ["-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on"], ["-fa", "off"], [*TYPES["f16"], "-fa", "on"]]
+)
 async def test_a_session_goes_on_after_a_restart_as_without_one(start, smollm2, folder, types):
     running = await start({"small": smollm2}, **sections(folder, *types))
     text = TEXT[:4000]
@@ -308,23 +313,74 @@ async def test_hostile_states_with_right_checksums(start, smollm2, folder):
     assert answer["n_tokens"] > 0
 
 
+@pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("purpose", ["keys", "values"])
-async def test_infinite_values_are_refused(start, smollm2, folder, purpose):
+async def test_infinite_values_are_refused(start, smollm2, folder, purpose, type):
     """One of them would make every later answer NaN. An F16 frame has the high bytes behind the low ones."""
-    running = await start({"small": smollm2}, **sections(folder))
+    running = await start({"small": smollm2}, **sections(folder, *TYPES[type]))
     await complete(running, TEXT[:2400], memory_file="good")
     good = (folder / "good.atlas").read_bytes()
     frames = json.loads(good[16 : 16 + struct.unpack_from("<I", good, 12)[0]])["frames"]
     number, frame = next((n, frame) for n, frame in enumerate(frames) if frame["purpose"] == purpose)
-    assert frame["shuffle"] == 2
+    assert frame["shuffle"] == (2 if type == "f16" else 1)
 
     def infinite(raw: bytearray) -> bytearray:
-        raw[100], raw[len(raw) // 2 + 100] = 0, 0x7C
+        low, high = (100, len(raw) // 2 + 100) if type == "f16" else (340, 341)  # the scale of the eleventh block
+        raw[low], raw[high] = 0, 0x7C
         return raw
 
     (folder / "bad.atlas").write_bytes(with_raw(good, number, infinite))
     status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "bad"})
     assert status == 400 and "no model computes" in answer["error"]["message"], answer
+
+
+async def test_a_file_goes_to_a_server_with_an_archive_of_another_type(start, smollm2, folder):
+    config = sections(folder)
+    args = config["models"]["overrides"]["small"]["args"]
+    config["models"]["overrides"] = {name: {"args": args + types} for name, types in TYPES.items()}
+    running = await start(dict.fromkeys(TYPES, smollm2), **config)
+
+    async def ask(model: str, prompt: str, tokens: int) -> dict[str, Any]:
+        body = {"model": model, "prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True}
+        atlas = {"memory_file": "book", "save_memory": tokens == 1}
+        status, answer = await running.json("POST", "/completion", body | {"atlas": atlas})
+        assert status == 200, answer
+        return answer
+
+    for model, other in (("f16", "q8_0"), ("q8_0", "f16")):
+        await ask(model, TEXT[:4000], 1)
+        expected, answer = [await ask(name, "\n\nIn short, the above says that", 8) for name in (model, other)]
+        assert answer["timings"]["prompt_n"] < 32
+        assert answer["tokens"] == expected["tokens"]
+        assert (answer["atlas"]["memory_bytes"] < expected["atlas"]["memory_bytes"]) == (model == "f16")
+        await running.json("DELETE", f"/v1/atlas/memory?file=book&model={model}")
+
+
+async def test_a_file_from_before_the_archive_had_types_of_its_own(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder, *TYPES["f16"]))
+    await complete(running, TEXT[:4000], tokens=1, memory_file="new")
+    file = folder / "new.atlas"
+    good = file.read_bytes()
+    frames = json.loads(good[16 : 16 + struct.unpack_from("<I", good, 12)[0]])["frames"]
+    number = next(n for n, frame in enumerate(frames) if frame["purpose"] == "counters")
+
+    def older(raw: bytearray) -> bytes:
+        version, layers = struct.unpack_from("<2i", raw)
+        assert version == 4
+        rest = raw[8:]
+        kept = b"".join(rest[i * 36 : i * 36 + 28] for i in range(layers))
+        return struct.pack("<2i", 3, layers) + kept + rest[layers * 36 :]
+
+    (folder / "old.atlas").write_bytes(with_raw(good, number, older))
+    answers = [await complete(running, " and so", tokens=32, memory_file=name) for name in ("new", "old")]
+    assert [status for status, _ in answers] == [200, 200]
+    assert answers[0][1]["tokens"] == answers[1][1]["tokens"]
+    assert answers[1][1]["timings"]["prompt_n"] < 32
+
+    wrong = with_raw(good, number, lambda raw: raw[:36] + struct.pack("<i", 39) + raw[40:])
+    (folder / "bad.atlas").write_bytes(wrong)
+    status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "bad"})
+    assert status == 400 and "unknown type" in answer["error"]["message"], answer
 
 
 async def test_the_memory_of_the_last_request_persists(start, smollm2, folder):

@@ -29,7 +29,8 @@ async def test_engine_and_plain_memory_agree(start, native_server, smollm2, tmp_
     path = tmp_path / "f32.gguf"
     atlas_reference.write_f32(smollm2, path)
     command = [native_server.with_name(native.EVAL), "-m", path, "--text", TEXT, "-c", CONTEXT, "-n", TOKENS]
-    command += ["--skip", FIRST, "--atlas-cells", CELLS, "-ctk", "f32", "-ctv", "f32", "--modes", "full,window,atlas"]
+    command += ["--skip", FIRST, "--atlas-cells", CELLS, "--modes", "full,window,atlas"]
+    command += ["-ctk", "f32", "-ctv", "f32", "--atlas-type-k", "f32", "--atlas-type-v", "f32"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     engine = {one["mode"]: one for one in map(json.loads, done.stdout.splitlines()) if one["event"] == "result"}

@@ -355,13 +355,18 @@ atlas_reader::atlas_reader(const std::string & path, atlas_workers n_workers, si
         index = read_index(text, 0, gen.end_frames);
         index.end = gen.end;
     }
-    at = UINT64_MAX;
+    for (size_t i = 0; i < index.frames.size(); ++i) {
+        cursors[{ index.frames[i].purpose, index.frames[i].layer }].frames.push_back(i);
+    }
 }
 
-size_t atlas_reader::raw_size(const atlas_frame & kind) const {
+size_t atlas_reader::raw_size(const std::string & purpose, int32_t layer) const {
     size_t res = 0;
-    for (const auto & frame : index.frames) {
-        res += frame.same_kind(kind) ? frame.raw : 0;
+    const auto it = cursors.find({ purpose, layer });
+    if (it != cursors.end()) {
+        for (size_t i : it->second.frames) {
+            res += index.frames[i].raw;
+        }
     }
     return res;
 }
@@ -395,68 +400,91 @@ atlas_work atlas_reader::unpack(atlas_work work) {
     return work;
 }
 
-void atlas_reader::read_ahead(size_t n_max) {
-    const size_t n = n_workers();
-    while (next < index.frames.size() && pending.size() < n_max) {
-        atlas_work work = atlas_work::from(idle);
-        work.frame = index.frames[next];
-        work.data.resize(work.frame.stored);
-        if ((at != work.frame.offset && atlas_seek(f.get(), work.frame.offset) != 0) || !get(f.get(), work.data.data(), work.data.size())) {
-            throw atlas_corrupt("the file ends too early");
-        }
-        at = work.frame.offset + work.frame.stored;
-        pending.push_back(atlas_process(n, unpack, std::move(work)));
-        next++;
+// the bytes of the next frame as they are in the file
+atlas_work atlas_reader::fetch(cursor & c) {
+    if (c.next == c.frames.size()) {
+        throw atlas_corrupt("there is less in the frames than belongs there");
     }
+    const std::lock_guard<std::mutex> lock(mutex);
+    atlas_work work = atlas_work::from(idle);
+    work.frame = index.frames[c.frames[c.next++]];
+    work.data.resize(work.frame.stored);
+    if ((at != work.frame.offset && atlas_seek(f.get(), work.frame.offset) != 0) || !get(f.get(), work.data.data(), work.data.size())) {
+        throw atlas_corrupt("the file ends too early");
+    }
+    at = work.frame.offset + work.frame.stored;
+    return work;
 }
 
-void atlas_reader::prefetch(size_t raw_max) {
-    for (size_t raw = 0; next < index.frames.size() && raw < raw_max; ) {
-        raw += index.frames[next].raw;
-        read_ahead(pending.size() + 1);
-        if (pending.size() % std::max<size_t>(1, n_workers()) == 0) {
-            pending.back().wait();
+atlas_reader::cursor & atlas_reader::find(const std::string & purpose, int32_t layer) {
+    const auto it = cursors.find({ purpose, layer });
+    if (it == cursors.end()) {
+        throw atlas_corrupt("there are no frames of " + purpose + (layer < 0 ? "" : " of layer " + std::to_string(layer)));
+    }
+    return it->second;
+}
+
+void atlas_reader::prefetch(const std::string & purpose, int32_t layer, size_t raw_max) {
+    cursor & c = find(purpose, layer);
+    for (size_t raw = 0; c.next < c.frames.size() && raw < raw_max; ) {
+        raw += index.frames[c.frames[c.next]].raw;
+        const size_t n = n_workers();
+        c.ready.push_back(atlas_process(n, unpack, fetch(c)));
+        if (c.ready.size() % std::max<size_t>(1, n) == 0) {
+            c.ready.back().wait();
         }
     }
-    for (auto & frame : pending) {
+    for (auto & frame : c.ready) {
         frame.wait();
     }
 }
 
-void atlas_reader::advance(const atlas_frame & kind) {
-    read_ahead(std::max<size_t>(1, n_workers()));
-    if (pending.empty() || !index.frames[n_done].same_kind(kind)) {
-        throw atlas_corrupt("the frames are out of order");
+void atlas_reader::take(const std::string & purpose, int32_t layer, void * dst, size_t size) {
+    if (size == 0) {
+        return;
     }
-    cur  = index.frames[n_done++];
-    idle.push_back(std::move(now));
-    now  = pending.front().get();
-    used = 0;
-    pending.pop_front();
-}
-
-void atlas_reader::take(const atlas_frame & kind, void * dst, size_t size) {
+    cursor & c = find(purpose, layer);
     for (size_t i = 0; i < size; ) {
-        if (used == now.data.size()) {
-            advance(kind);
+        if (c.used == c.now.data.size()) {
+            if (!c.ready.empty()) {
+                c.now = c.ready.front().get();
+                c.ready.pop_front();
+            } else {
+                c.now = unpack(fetch(c));
+                if (n_workers() == 0) {
+                    std::this_thread::sleep_for(ATLAS_REST);
+                }
+            }
+            c.used = 0;
         }
-        if (!cur.same_kind(kind)) {
-            throw atlas_corrupt("the frames are out of order");
+        const size_t n = std::min(size - i, c.now.data.size() - c.used);
+        memcpy((uint8_t *) dst + i, c.now.data.data() + c.used, n);
+        c.used += n;
+        i      += n;
+        if (c.used == c.now.data.size()) {
+            n_done++;
+            c.used = 0;
+            c.now.data.clear();
+            const std::lock_guard<std::mutex> lock(mutex);
+            idle.push_back(std::move(c.now));
+            c.now = atlas_work();
         }
-        const size_t n = std::min(size - i, now.data.size() - used);
-        memcpy((uint8_t *) dst + i, now.data.data() + used, n);
-        used += n;
-        i    += n;
     }
 }
 
-bool atlas_reader::io(void * user, llama_atlas_part part, int32_t layer, int32_t /*piece*/, size_t stride, void * dst, size_t size) {
+std::string atlas_reader::error() const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return what;
+}
+
+bool atlas_reader::io(void * user, llama_atlas_part part, int32_t layer, int32_t /*piece*/, size_t /*stride*/, void * dst, size_t size) {
     auto & r = *(atlas_reader *) user;
     try {
-        r.take(atlas_frame::of(part, layer, stride), dst, size);
+        r.take(atlas_purpose[part], layer, dst, size);
         return true;
     } catch (const std::exception & e) {
-        r.error = e.what();
+        const std::lock_guard<std::mutex> lock(r.mutex);
+        r.what = r.what.empty() ? e.what() : r.what;
         return false;
     }
 }

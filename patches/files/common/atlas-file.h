@@ -4,6 +4,7 @@
 
 #include "llama-atlas.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <deque>
@@ -11,6 +12,7 @@
 #include <future>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -177,18 +179,21 @@ public:
     const atlas_index & table()  const { return index; }
 
     size_t n_frames() const { return index.frames.size(); }
-    size_t raw_size(const atlas_frame & kind) const; // of all frames of a kind
+    size_t raw_size(const std::string & purpose, int32_t layer) const; // of all frames of a kind
 
-    void take(const atlas_frame & kind, void * dst, size_t size);
+    // the next bytes of a kind; several threads may take, each of another kind
+    void take(const std::string & purpose, int32_t layer, void * dst, size_t size);
 
-    // have the next frames at hand: all, or the first ones with so many bytes
-    void prefetch(size_t raw_max);
-    bool at_end() const { return used == now.data.size() && n_done == index.frames.size(); }
+    // have the frames of a kind at hand: all, or the first ones with so many bytes
+    void prefetch(const std::string & purpose, int32_t layer, size_t raw_max);
 
-    // llama_atlas_state_io; `error` says why it returned false
+    // whether all frames were taken
+    bool at_end() const { return n_done == index.frames.size(); }
+
+    // llama_atlas_state_io; error() says why it returned false
     static bool io(void * user, llama_atlas_part part, int32_t layer, int32_t piece, size_t stride, void * dst, size_t size);
 
-    std::string error;
+    std::string error() const;
 
     // a number of the header, min..max
     static int64_t number(const common_json & x, int64_t max = INT64_MAX, int64_t min = 0);
@@ -198,17 +203,23 @@ private:
     atlas_workers n_workers;
     atlas_index index;
 
-    size_t   next = 0; // frame to be read from the file
-    uint64_t at   = 0; // where the file is read
-    std::deque<std::future<atlas_work>> pending;
-    std::vector<atlas_work> idle;
+    // the frames of a kind, one after the other
+    struct cursor {
+        std::vector<size_t> frames;
+        size_t next = 0; // of them
+        std::deque<std::future<atlas_work>> ready;
+        atlas_work now; // what is taken: its `data`
+        size_t used = 0;
+    };
+    std::map<std::pair<std::string, int32_t>, cursor> cursors; // by purpose and layer
+    std::atomic<size_t> n_done = 0; // frames
 
-    atlas_frame cur;
-    atlas_work now; // what is taken: its `data`
-    size_t used   = 0;
-    size_t n_done = 0;
+    mutable std::mutex mutex; // of the file, the idle buffers and what went wrong
+    uint64_t at = UINT64_MAX; // where the file is read
+    std::vector<atlas_work> idle;
+    std::string what;
 
     static atlas_work unpack(atlas_work work);
-    void read_ahead(size_t n_max);
-    void advance(const atlas_frame & kind);
+    cursor & find(const std::string & purpose, int32_t layer);
+    atlas_work fetch(cursor & c);
 };

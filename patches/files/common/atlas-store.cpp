@@ -9,20 +9,12 @@
 #include <ctime>
 #include <filesystem>
 #include <memory>
-#include <thread>
 
 namespace fs = std::filesystem;
 
 using json = common_json;
 
 static constexpr int64_t ATLAS_GROW_TOKENS = 4096; // from which on a session's file grows by what is new
-
-// for compressing and decompressing
-static size_t n_workers(const llama_context * ctx) {
-    const int64_t n_cpu = std::max(1u, std::thread::hardware_concurrency());
-    const int64_t n_busy = llama_atlas_is_computing(ctx) ? llama_n_threads(const_cast<llama_context *>(ctx)) : 0;
-    return std::clamp<int64_t>(n_cpu - n_busy, 0, 4);
-}
 
 // throws common_atlas_error; the sequence is of no use then
 static void read_section(llama_context * ctx, llama_seq_id seq_id, llama_atlas_state_section section, atlas_reader & r) {
@@ -32,7 +24,7 @@ static void read_section(llama_context * ctx, llama_seq_id seq_id, llama_atlas_s
         throw common_atlas_error(409, std::string("the memory file does not fit this server: ") + text);
     }
     if (res != LLAMA_ATLAS_STATE_OK) {
-        throw !r.error.empty() ? common_atlas_error(400, r.error) : atlas_corrupt(text);
+        throw !r.error().empty() ? common_atlas_error(400, r.error()) : atlas_corrupt(text);
     }
 }
 
@@ -133,7 +125,7 @@ json common_atlas_store::save_end(common_atlas_saving & saving, const std::vecto
     const auto old = growing(target, saving.header.at("session"));
     try {
         const size_t n_layer = llama_model_n_layer(llama_get_model(ctx));
-        const auto workers = [ctx = ctx] { return n_workers(ctx); };
+        const auto workers = [ctx = ctx] { return llama_atlas_n_spare(ctx); };
         const auto w = old ?
             std::make_unique<atlas_writer>(target, *old, saving.header, n_layer, saving.raw_max, level, workers) :
             std::make_unique<atlas_writer>(temp,         saving.header, n_layer, saving.raw_max, level, workers);
@@ -195,7 +187,7 @@ std::unique_ptr<atlas_index> common_atlas_store::growing(const std::string & pat
 std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::string & path, size_t back, llama_seq_id seq_id) const {
     auto res = std::make_shared<common_atlas_loading>();
     res->path   = path;
-    res->reader = std::make_unique<atlas_reader>(path, [ctx = ctx] { return n_workers(ctx); }, back);
+    res->reader = std::make_unique<atlas_reader>(path, [ctx = ctx] { return llama_atlas_n_spare(ctx); }, back);
     atlas_reader & r = *res->reader;
     common_atlas_session & session = res->session;
     try {
@@ -207,17 +199,17 @@ std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::s
         session.last    = atlas_reader::number(about.at("last"), INT32_MAX, LLAMA_TOKEN_NULL);
         session.created = about.at("created").get<int64_t>();
 
-        const atlas_frame kind = atlas_frame::tokens();
+        const std::string kind = atlas_frame::tokens().purpose;
         // every token has had its cells; a file that claims far more tokens than bytes wants to fill the memory
-        if (r.raw_size(kind) != 4*(size_t) n_tokens || (uint64_t) n_tokens/16 > r.size) {
+        if (r.raw_size(kind, -1) != 4*(size_t) n_tokens || (uint64_t) n_tokens/16 > r.size) {
             throw atlas_corrupt("the number of tokens is wrong");
         }
+        std::vector<uint8_t> bytes(4*n_tokens);
+        r.take(kind, -1, bytes.data(), bytes.size());
         session.tokens.reserve(n_tokens);
         const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
         for (int64_t i = 0; i < n_tokens; ++i) {
-            uint8_t token[4];
-            r.take(kind, token, sizeof(token));
-            session.tokens.push_back((llama_token) atlas_read_le(token, 4));
+            session.tokens.push_back((llama_token) atlas_read_le(bytes.data() + 4*i, 4));
             if (session.tokens.back() < 0 || session.tokens.back() >= n_vocab) {
                 throw atlas_corrupt("there is a token that the model does not have");
             }
@@ -229,7 +221,8 @@ std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::s
         throw atlas_corrupt(std::string("the header cannot be understood: ") + e.what());
     }
     read_section(ctx, seq_id, LLAMA_ATLAS_STATE_ARCHIVE, r);
-    r.prefetch(llama_atlas_cells_size(ctx)); // the decoding will wait for them
+    // the decoding will wait for them
+    r.prefetch(atlas_frame::of(LLAMA_ATLAS_PART_CELLS, -1, 1).purpose, -1, llama_atlas_cells_size(ctx));
     return res;
 }
 

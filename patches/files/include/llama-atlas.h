@@ -31,6 +31,8 @@ extern "C" {
         int32_t n_chunk;     // largest number of prompt tokens in a batch while the window slides
         float   blend;       // attention mass of the memory cells, 0..1 (0: written but not read, 1: natural)
         int64_t archive_max; // bytes for the archives of all sequences; 0: a quarter of the machine's
+        enum ggml_type type_k; // of the archive's keys and values; GGML_TYPE_COUNT: Q8_0 where the cache has more, else as
+        enum ggml_type type_v; // the cache
         uint32_t shuffle;    // for measurements: fill the cells with random tokens, drawn with this seed; 0: off
     };
 
@@ -125,7 +127,8 @@ extern "C" {
         LLAMA_ATLAS_STATE_CELLS   = 1,
     };
 
-    // write a section of a sequence's state; it can be read by any context of the same model with the same cache types
+    // write a section of a sequence's state; it can be read by any context of the same model with the same cache types, and
+    // an archive of any type
     // on failure the reason is in `text`
     LLAMA_API enum llama_atlas_state_result llama_atlas_state_write(
             struct llama_context * ctx, llama_seq_id seq_id, enum llama_atlas_state_section section,
@@ -133,6 +136,7 @@ extern "C" {
 
     // fill an empty sequence: first the archive, then the cells; it continues as it would have where the state was written
     // nothing of what is read is trusted; on failure the sequence is empty, once llama_memory_seq_rm() has been called for it
+    // several threads may call `io` at the same time, each for another layer, as llama_atlas_n_spare() allows
     LLAMA_API enum llama_atlas_state_result llama_atlas_state_read(
             struct llama_context * ctx, llama_seq_id seq_id, enum llama_atlas_state_section section,
             llama_atlas_state_io io, void * user, char * text, size_t n_text);
@@ -140,8 +144,9 @@ extern "C" {
     // bytes of the KV cells of a sequence, at most
     LLAMA_API size_t llama_atlas_cells_size(const struct llama_context * ctx);
 
-    // whether the context computes, or has in the last 100 ms: who works beside it may leave the CPUs to it; any thread may ask
-    LLAMA_API bool llama_atlas_is_computing(const struct llama_context * ctx);
+    // CPUs, 4 at most, that are left for work beside the context: while it computes, and for 100 ms after that, those that
+    // it does not use; any thread may ask
+    LLAMA_API int32_t llama_atlas_n_spare(const struct llama_context * ctx);
 
     // identifies the model by its vocabulary, tensors, small weights and rotation, wherever its file is
     LLAMA_API uint64_t llama_atlas_model_hash(const struct llama_context * ctx);

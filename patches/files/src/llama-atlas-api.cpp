@@ -8,6 +8,7 @@
 #include <cinttypes>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 // the C interface of the memory, and the choice of its parameters
 
@@ -20,6 +21,8 @@ llama_atlas_params llama_atlas_default_params() {
         /*.n_chunk     =*/ 16,
         /*.blend       =*/ 1.0f,
         /*.archive_max =*/ 0,
+        /*.type_k      =*/ GGML_TYPE_COUNT,
+        /*.type_v      =*/ GGML_TYPE_COUNT,
         /*.shuffle     =*/ 0,
     };
 }
@@ -114,6 +117,14 @@ bool llama_atlas_configure(const llama_model * model, llama_context_params cpara
         params->archive_max = std::max<int64_t>(total/4, 256ll << 20);
         out += format("archives of up to %" PRId64 " MiB for %u sequences: a quarter of the machine's memory\n", params->archive_max >> 20, n_seq);
     }
+    for (const auto & [name, wanted, cache, d] : {
+            std::make_tuple("keys",   params->type_k, cparams.type_k, model->hparams.n_embd_head_k(0)),
+            std::make_tuple("values", params->type_v, cparams.type_v, model->hparams.n_embd_head_v(0)) }) {
+        const ggml_type type = llama_atlas::archive_type(wanted, cache, d);
+        out += format("%s archived as %s%s\n", name, ggml_type_name(type),
+                wanted != GGML_TYPE_COUNT ? "" : type == cache ? ", as the KV cache has them" :
+                format(": less memory and smaller files than %s, as the KV cache has them, and as good", ggml_type_name(cache)).c_str());
+    }
     out += format("%d of the memory cells for recalled blocks, the others for the tokens with the most attention\n",
             (int) (params->recall*params->n_cells/16 + 0.5f)*16);
     out += format("cells filled anew every %d token(s) of an answer%s, and every %d of a prompt\n", params->n_refresh,
@@ -170,9 +181,9 @@ size_t llama_atlas_cells_size(const llama_context * ctx) {
     return atlas ? atlas->cells_size(*ctx->get_memory()) : 0;
 }
 
-bool llama_atlas_is_computing(const llama_context * ctx) {
+int32_t llama_atlas_n_spare(const llama_context * ctx) {
     const auto * atlas = ctx->get_atlas();
-    return atlas && atlas->is_computing();
+    return atlas ? atlas->n_spare() : 0;
 }
 
 uint64_t llama_atlas_model_hash(const llama_context * ctx) {

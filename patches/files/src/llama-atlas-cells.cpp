@@ -56,8 +56,8 @@ void llama_atlas::omega(const job & j, const layer & l, int32_t g, head & h, wor
     if (j.measure != &l - layers.data()) {
         return;
     }
-    const size_t row_k  = ggml_row_size(l.k->type, l.dk);
-    const size_t row_v  = ggml_row_size(l.v->type, l.dv);
+    const size_t row_k  = l.row_k();
+    const size_t row_v  = l.row_v();
     const int64_t n_new = j.rows.size();
 
     float * q   = w.qt.data();        // [n_rep][dk]
@@ -90,7 +90,7 @@ void llama_atlas::omega(const job & j, const layer & l, int32_t g, head & h, wor
     for (int64_t i = 0; i < n; i += n_tile) {
         const int64_t m = std::min(n_tile, n - i);
         for (int64_t c = 0; c < m; ++c) {
-            atlas_load_row(l.k->type, h.k.data() + row(w.tok[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
+            atlas_load_row(l.type_k, h.k.data() + row(w.tok[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
         }
         atlas_dot_few(p + i, n_pad, w.kt.data(), q, m, l.dk, l.n_rep);
     }
@@ -102,7 +102,7 @@ void llama_atlas::omega(const job & j, const layer & l, int32_t g, head & h, wor
     }
     for (int64_t i = 0; i < n; ++i) {
         const bool in_cell = i >= (int64_t) w.n_arch || std::binary_search(h.idx.begin(), h.idx.end(), w.tok[i]);
-        atlas_load_row(l.v->type, h.v.data() + row(w.tok[i])*row_v, w.kt.data(), l.dv);
+        atlas_load_row(l.type_v, h.v.data() + row(w.tok[i])*row_v, w.kt.data(), l.dv);
         for (int32_t r = 0; r < l.n_rep; ++r) {
             const float x = p[r*n_pad + i];
             for (int32_t c = 0; c < l.dv; ++c) {
@@ -130,8 +130,10 @@ void llama_atlas::write(const job & j, size_t i_layer, int32_t g, const head & h
     const seq & s = *j.s;
     const layer & l = layers[i_layer];
 
-    const size_t row_k = ggml_row_size(l.k->type, l.dk);
-    const size_t row_v = ggml_row_size(l.v->type, l.dv);
+    const size_t row_k = l.row_k(); // in the archive
+    const size_t row_v = l.row_v();
+    const size_t own_k = ggml_row_size(l.k->type, l.dk); // in the cache
+    const size_t own_v = ggml_row_size(l.v->type, l.dv);
     const size_t el_v  = ggml_type_size(l.v->type);
     const int64_t kv_size = kv->get_size();
 
@@ -145,7 +147,7 @@ void llama_atlas::write(const job & j, size_t i_layer, int32_t g, const head & h
         const int64_t at    = i < n_sink ? i : n_sink + h.slot[i - n_sink]; // among the cells
         const int64_t cell  = s.cells[at];
 
-        atlas_load_row(l.k->type, h.k.data() + row(token)*row_k, x, l.dk);
+        atlas_load_row(l.type_k, h.k.data() + row(token)*row_k, x, l.dk);
         if (l.rope >= 0) {
             atlas_rotate(x, s.t_cell[l.rope].row(i), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
         }
@@ -154,15 +156,21 @@ void llama_atlas::write(const job & j, size_t i_layer, int32_t g, const head & h
         }
         uint8_t * dst_k = staged ? j.s->stage_k[i_layer].data() + at*l.k->nb[1]
                                  : (uint8_t *) l.k->data + j.stream*l.k->nb[2] + cell*l.k->nb[1];
-        atlas_store_row(l.k->type, x, dst_k + g*row_k, l.dk);
+        atlas_store_row(l.k->type, x, dst_k + g*own_k, l.dk);
 
-        const uint8_t * src_v = h.v.data() + row(token)*row_v;
-        if (staged) {
-            memcpy(j.s->stage_v[i_layer].data() + at*l.v->nb[1] + g*row_v, src_v, row_v);
-        } else if (has_value) {
+        if (has_value && !staged) {
             continue;
+        }
+        const uint8_t * src_v = h.v.data() + row(token)*row_v;
+        if (l.type_v != l.v->type) {
+            atlas_load_row (l.type_v, src_v, x, l.dv);
+            atlas_store_row(l.v->type, x, w.conv.data(), l.dv);
+            src_v = w.conv.data();
+        }
+        if (staged) {
+            memcpy(j.s->stage_v[i_layer].data() + at*l.v->nb[1] + g*own_v, src_v, own_v);
         } else if (!kv->v_trans) {
-            memcpy((uint8_t *) l.v->data + j.stream*l.v->nb[2] + cell*l.v->nb[1] + g*row_v, src_v, row_v);
+            memcpy((uint8_t *) l.v->data + j.stream*l.v->nb[2] + cell*l.v->nb[1] + g*own_v, src_v, own_v);
         } else {
             uint8_t * dst_v = (uint8_t *) l.v->data + ((int64_t) j.stream*l.v->ne[0] + g*l.dv)*kv_size*el_v + cell*el_v;
             for (int32_t c = 0; c < l.dv; ++c) {

@@ -26,8 +26,8 @@ void llama_atlas::reserve(seq & s, int64_t n_new) {
         for (int32_t g = 0; g < l.n_head_kv; ++g) {
             head & h = s.heads[l.head0 + g];
             if ((int64_t) h.u.size() < n_tok && (int64_t) h.u.size() < n_rows) {
-                h.k.reserve(n_rows*ggml_row_size(l.k->type, l.dk));
-                h.v.reserve(n_rows*ggml_row_size(l.v->type, l.dv));
+                h.k.reserve(n_rows*l.row_k());
+                h.v.reserve(n_rows*l.row_v());
                 h.u.resize(n_rows);
                 h.rep.resize(GGML_PAD(n_rows, n_block)/n_block*l.dk);
             }
@@ -69,6 +69,7 @@ void llama_atlas::reserve_work(const seq & s) {
         grow(w->s,     n_score*n_lanes);
         grow(w->s1,    n_blocks*n_lanes);
         grow(w->kt,    n_tile*d_max);
+        grow(w->conv,  d_max*sizeof(float)); // no type has more
         grow(w->tmp,   2*n_lanes);
         grow(w->block, n_blocks);
         grow(w->cred,  n_blocks);
@@ -206,7 +207,7 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
                 s.t_cell.push_back(make_table(r, pos_cell));
             }
         }
-        if (staged && (j.choose || j.own || j.sinks) && s.stage_k.empty()) {
+        if (staged && j.fills() && s.stage_k.empty()) {
             for (const auto & l : layers) {
                 s.stage_k.emplace_back(s.cells.size()*l.k->nb[1]);
                 s.stage_v.emplace_back(s.cells.size()*l.v->nb[1]);
@@ -342,7 +343,7 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
         }
     });
     w.t_score += ggml_time_us() - t_start;
-    if (std::none_of(a.jobs.begin(), a.jobs.end(), [](const job & j) { return j.own || j.choose || j.sinks; })) {
+    if (std::none_of(a.jobs.begin(), a.jobs.end(), [](const job & j) { return j.fills(); })) {
         return;
     }
 
@@ -394,7 +395,7 @@ void llama_atlas::compute(ggml_tensor * dst, const ggml_tensor * q, const ggml_t
         wait_for_all(o.n_at[3], nth);
         if (ith == 0) {
             for (const auto & j : a.jobs) {
-                if (j.choose || j.own || j.sinks) {
+                if (j.fills()) {
                     a.upload(j, o.i_layer);
                 }
             }

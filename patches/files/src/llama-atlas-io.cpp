@@ -13,14 +13,18 @@
 #include "../vendor/hash/xxhash/xxhash.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <stdexcept>
+#include <system_error>
+#include <thread>
 
 // the state of a sequence: the same code writes it and reads it, so that both agree
 // what is read may come from anywhere: sizes, counts, indices and numbers are checked before they are used
 
-static constexpr int32_t ATLAS_STATE_VERSION = 3; // 2: all rows of a head are one piece
+static constexpr int32_t ATLAS_STATE_VERSION = 4; // 2: all rows of a head are one piece; 3: the archive has the cache's types
 
 // keys and values go in pieces of so many tokens that one of a layer has about so many bytes, as long as a state has not
 // too many of them
@@ -66,6 +70,17 @@ static void check_rows(ggml_type type, const void * data, size_t size) {
         demand(n_bad == 0, "there is a value that no model computes");
         return;
     }
+    if (type == GGML_TYPE_Q8_0) { // and so are 128 times their scales
+        const size_t n_block = ggml_type_size(type);
+        uint32_t n_bad = 0;
+        for (size_t i = 0; i < size; i += n_block) {
+            uint16_t bits;
+            memcpy(&bits, (const char *) data + i, sizeof(bits));
+            n_bad += (bits & 0x7c00) == 0x7c00;
+        }
+        demand(n_bad == 0, "there is a value that no model computes");
+        return;
+    }
     float x[256];
     const int64_t step = 256/ggml_blck_size(type)*ggml_blck_size(type);
     const int64_t n    = size/ggml_type_size(type)*ggml_blck_size(type);
@@ -74,6 +89,31 @@ static void check_rows(ggml_type type, const void * data, size_t size) {
         atlas_load_row(type, (const char *) data + ggml_row_size(type, i), x, m);
         check_values(x, m);
     }
+}
+
+// bytes after which the bytes of a row mean the same; 1: there is no such number, as with quantized ones
+static size_t stride_of(ggml_type type) {
+    return ggml_is_quantized(type) ? 1 : ggml_type_size(type);
+}
+
+// a type of the archive that comes from a file
+static ggml_type check_type(int32_t type, int64_t d) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+            break;
+        default:
+            throw std::runtime_error("the archive has an unknown type");
+    }
+    demand(d % ggml_blck_size((ggml_type) type) == 0, "the archive has a type that its heads cannot have");
+    return (ggml_type) type;
 }
 
 struct llama_atlas::state_io : public llama_io_write_i, public llama_io_read_i {
@@ -90,7 +130,10 @@ struct llama_atlas::state_io : public llama_io_write_i, public llama_io_read_i {
 
     int64_t n_piece = 0; // tokens of a piece
 
+    std::vector<std::pair<ggml_type, ggml_type>> types; // of the archive there, per layer: keys and values
+
     std::vector<uint8_t> tmp;
+    std::vector<float>   row;
 
     void enter(llama_atlas_part part, int32_t il, size_t stride) {
         this->part   = part;
@@ -170,6 +213,47 @@ private:
     size_t n = 0;
 };
 
+// fn(i) for 0..n in this thread and those that there are CPUs for, moment by moment; what one throws is thrown here
+void llama_atlas::share(size_t n, const std::function<void(size_t)> & fn) const {
+    std::atomic<size_t> next = 0;
+    std::array<std::exception_ptr, n_beside> errors;
+    const auto work = [&](int32_t ith) {
+        while (next < n) {
+            if (ith > 0 && ith >= n_spare()) {
+                std::this_thread::sleep_for(std::chrono::milliseconds(5));
+                continue;
+            }
+            const size_t i = next.fetch_add(1);
+            if (i >= n) {
+                return;
+            }
+            try {
+                fn(i);
+            } catch (...) {
+                errors[ith] = std::current_exception();
+                next = n;
+            }
+        }
+    };
+    std::vector<std::thread> threads;
+    try {
+        for (int32_t ith = 1; ith < std::min<int32_t>(n_beside, std::thread::hardware_concurrency()); ++ith) {
+            threads.emplace_back(work, ith);
+        }
+    } catch (const std::system_error &) {
+        // there are as many as can be had
+    }
+    work(0);
+    for (auto & thread : threads) {
+        thread.join();
+    }
+    for (const auto & error : errors) {
+        if (error) {
+            std::rethrow_exception(error);
+        }
+    }
+}
+
 void llama_atlas::state(llama_memory_i & memory, llama_seq_id seq_id, llama_atlas_state_section section, llama_atlas_state_io fn, void * user, bool load) {
     if (seq_id < 0 || (size_t) seq_id >= std::min<size_t>(seqs.size(), cparams.n_seq_max)) {
         throw llama_atlas_mismatch(format("there is no sequence %d", seq_id));
@@ -191,8 +275,16 @@ void llama_atlas::state(llama_memory_i & memory, llama_seq_id seq_id, llama_atla
             if (load) {
                 reserve(s, 0);
             }
-            for (size_t i = 0; i < layers.size(); ++i) {
-                state_layer(io, s, i);
+            const auto layer = [&](size_t i) {
+                state_io own(io); // it knows where it is
+                state_layer(own, s, i);
+            };
+            if (load) {
+                share(layers.size(), layer);
+            } else { // one after the other, as they are in the file
+                for (size_t i = 0; i < layers.size(); ++i) {
+                    layer(i);
+                }
             }
         } else {
             for (auto * cache : caches) {
@@ -216,7 +308,7 @@ void llama_atlas::state(llama_memory_i & memory, llama_seq_id seq_id, llama_atla
 void llama_atlas::state_counters(state_io & io, seq & s) {
     int32_t version = ATLAS_STATE_VERSION;
     io.num(version);
-    demand_fit(version == ATLAS_STATE_VERSION || version == 2, "it is of another version");
+    demand_fit(version >= 2 && version <= ATLAS_STATE_VERSION, "it is of another version");
     io.same(layers.size(), "the model has another number of layers");
     for (const auto & l : layers) {
         io.same(l.il,        "the layers differ");
@@ -226,6 +318,15 @@ void llama_atlas::state_counters(state_io & io, seq & s) {
         io.same(l.dv,        "the values have another size");
         io.same(l.k->type,   "the keys have another type");
         io.same(l.v->type,   "the values have another type");
+        std::pair<int32_t, int32_t> there = { l.k->type, l.v->type };
+        if (version > 3) {
+            if (!io.load) {
+                there = { l.type_k, l.type_v };
+            }
+            io.num(there.first);
+            io.num(there.second);
+        }
+        io.types.emplace_back(check_type(there.first, l.dk), check_type(there.second, l.dv));
     }
     io.same(n_sink,  "the number of sinks differs");
     io.same(n_block, "the blocks of the archive have another size");
@@ -270,7 +371,7 @@ void llama_atlas::state_cells(state_io & io, seq & s, llama_kv_cache & cache, ll
     auto & cells = cache.v_cells[strm];
 
     demand_fit(!cache.has_cell_ext() && !cache.layers.empty(), "the KV cells are of a special kind");
-    io.enter(LLAMA_ATLAS_PART_CELLS, -1, ggml_type_size(cache.layers[0].k->type));
+    io.enter(LLAMA_ATLAS_PART_CELLS, -1, stride_of(cache.layers[0].k->type));
 
     llama_kv_cache::cell_ranges_t cr { strm, {} };
     std::vector<uint32_t> idx, pos;
@@ -348,7 +449,7 @@ void llama_atlas::state_cells(state_io & io, seq & s, llama_kv_cache & cache, ll
 int64_t llama_atlas::n_piece(int64_t n_tok) const {
     size_t size = 0;
     for (const auto & l : layers) {
-        size = std::max({ size, l.n_head_kv*ggml_row_size(l.k->type, l.dk), l.n_head_kv*ggml_row_size(l.v->type, l.dv) });
+        size = std::max({ size, l.n_head_kv*l.row_k(), l.n_head_kv*l.row_v() });
     }
     const int64_t n_pieces = std::max<int64_t>(8, ATLAS_PIECES/layers.size());
     int64_t res = ATLAS_PIECE_MIN;
@@ -359,13 +460,30 @@ int64_t llama_atlas::n_piece(int64_t n_tok) const {
 }
 
 // the rows of the tokens t0..t1 that the archive holds, in their order; those before `first` are only read
-void llama_atlas::state_rows(state_io & io, const seq & s, ggml_type type, int64_t n_values, void * data, int64_t first, int64_t t0, int64_t t1) {
-    const size_t size = ggml_row_size(type, n_values);
+// there: their type in the state
+void llama_atlas::state_rows(state_io & io, const seq & s, ggml_type type, ggml_type there, int64_t n_values, void * data, int64_t first, int64_t t0, int64_t t1) {
+    const size_t own  = ggml_row_size(type,  n_values);
+    const size_t size = ggml_row_size(there, n_values);
     const auto rows = [&](int64_t r, int64_t n) {
-        void * p = (uint8_t *) data + r*size;
-        io.raw(p, n*size);
-        if (io.load) {
-            check_rows(type, p, n*size);
+        uint8_t * p = (uint8_t *) data + r*own;
+        if (type == there) {
+            io.raw(p, n*size);
+            if (io.load) {
+                check_rows(type, p, n*size);
+            }
+            return;
+        }
+        constexpr int64_t n_max = 256; // rows at a time
+        io.row.resize(n_values);
+        for (int64_t i0 = 0; i0 < n; i0 += n_max) {
+            const int64_t m = std::min(n_max, n - i0);
+            io.tmp.resize(m*size);
+            io.raw(io.tmp.data(), m*size);
+            check_rows(there, io.tmp.data(), m*size);
+            for (int64_t i = 0; i < m; ++i) {
+                atlas_load_row (there, io.tmp.data() + i*size, io.row.data(), n_values);
+                atlas_store_row(type,  io.row.data(), p + (i0 + i)*own, n_values);
+            }
         }
     };
     t1 = std::min(t1, s.n_tok);
@@ -390,21 +508,21 @@ void llama_atlas::state_layer(state_io & io, seq & s, size_t i_layer) {
 
     head * heads = s.heads.data() + l.head0;
 
-    const auto pieces = [&](llama_atlas_part part, ggml_type type, int64_t n_values, llama_atlas_buffer head::* data) {
-        io.enter(part, l.il, ggml_type_size(type));
+    const auto pieces = [&](llama_atlas_part part, ggml_type type, ggml_type there, int64_t n_values, llama_atlas_buffer head::* data) {
+        io.enter(part, l.il, stride_of(there));
         for (int64_t t = 0; t < s.n_tok; t += io.n_piece) {
             for (int32_t g = 0; g < l.n_head_kv; ++g) {
-                state_rows(io, s, type, n_values, (heads[g].*data).data(), first, t, t + io.n_piece);
+                state_rows(io, s, type, there, n_values, (heads[g].*data).data(), first, t, t + io.n_piece);
             }
             io.piece++;
         }
     };
-    pieces(LLAMA_ATLAS_PART_KEYS,   l.k->type, l.dk, &head::k);
-    pieces(LLAMA_ATLAS_PART_VALUES, l.v->type, l.dv, &head::v);
+    pieces(LLAMA_ATLAS_PART_KEYS,   l.type_k, io.types[i_layer].first,  l.dk, &head::k);
+    pieces(LLAMA_ATLAS_PART_VALUES, l.type_v, io.types[i_layer].second, l.dv, &head::v);
     io.enter(LLAMA_ATLAS_PART_SCORES, l.il, sizeof(float));
     for (int32_t g = 0; g < l.n_head_kv; ++g) {
         head & h = heads[g];
-        state_rows(io, s, GGML_TYPE_F32, 1, h.u.data(), first, 0, s.n_tok);
+        state_rows(io, s, GGML_TYPE_F32, GGML_TYPE_F32, 1, h.u.data(), first, 0, s.n_tok);
         io.list(h.idx,  n_mem);
         io.list(h.slot, n_mem);
         io.list(h.rank, n_mem);

@@ -28,6 +28,10 @@ static inline uint16_t f32_to_f16(float f) {
     return sign | ((bits + 0x0fff + ((bits >> 13) & 1)) >> 13);
 }
 
+// Q8_0: blocks of a scale in F16 and 32 numbers. ggml has this for F32 in a library that is built for any processor
+static constexpr int Q8_0_N    = 32;
+static constexpr int Q8_0_SIZE = Q8_0_N + sizeof(uint16_t);
+
 void atlas_load_row(ggml_type type, const void * src, float * dst, int64_t n) {
     switch (type) {
         case GGML_TYPE_F32:
@@ -46,6 +50,17 @@ void atlas_load_row(ggml_type type, const void * src, float * dst, int64_t n) {
                     dst[i] = f16_to_f32(x[i]);
                 }
             } break;
+        case GGML_TYPE_Q8_0:
+            for (int64_t i = 0; i < n; i += Q8_0_N) {
+                const uint8_t * x = (const uint8_t *) src + i/Q8_0_N*Q8_0_SIZE;
+                uint16_t h;
+                memcpy(&h, x, sizeof(h));
+                const float d = f16_to_f32(h);
+                for (int j = 0; j < Q8_0_N; ++j) {
+                    dst[i + j] = d*(int8_t) x[sizeof(h) + j];
+                }
+            }
+            break;
         default:
             ggml_get_type_traits(type)->to_float(src, dst, n);
     }
@@ -63,6 +78,25 @@ void atlas_store_row(ggml_type type, const float * src, void * dst, int64_t n) {
                     y[i] = f32_to_f16(src[i]);
                 }
             } break;
+        case GGML_TYPE_Q8_0:
+            for (int64_t i = 0; i < n; i += Q8_0_N) {
+                uint8_t * y = (uint8_t *) dst + i/Q8_0_N*Q8_0_SIZE;
+                float max = 0.0f;
+                for (int j = 0; j < Q8_0_N; ++j) {
+                    max = std::max(max, std::fabs(src[i + j]));
+                }
+                const float d  = max/127.0f;
+                const float id = d > 0.0f ? 1.0f/d : 0.0f;
+                const uint16_t h = f32_to_f16(d);
+                memcpy(y, &h, sizeof(h));
+                for (int j = 0; j < Q8_0_N; ++j) {
+                    const float r = src[i + j]*id + 12582912.0f; // 1.5*2^23: the nearest integer is in the lowest bits
+                    uint32_t bits;
+                    memcpy(&bits, &r, sizeof(bits));
+                    y[sizeof(h) + j] = bits;
+                }
+            }
+            break;
         default:
             ggml_get_type_traits(type)->from_float_ref(src, dst, n);
     }

@@ -44,8 +44,8 @@ void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, wo
 
 // rotate the new keys back and put them away with their values
 void llama_atlas::archive(const job & j, const layer & l, int32_t g, head & h, work & w, const input & in) {
-    const size_t row_k = ggml_row_size(l.k->type, l.dk);
-    const size_t row_v = ggml_row_size(l.v->type, l.dv);
+    const size_t row_k = l.row_k();
+    const size_t row_v = l.row_v();
 
     float * x = w.kt.data();
 
@@ -56,14 +56,14 @@ void llama_atlas::archive(const job & j, const layer & l, int32_t g, head & h, w
         if (l.rope >= 0) {
             atlas_rotate(x, j.t_key[l.rope].row(i), ropes[l.rope].n_rot, ropes[l.rope].neox, -1.0f);
         }
-        atlas_store_row(l.k->type, x, h.k.data() + at*row_k, l.dk);
+        atlas_store_row(l.type_k, x, h.k.data() + at*row_k, l.dk);
 
-        // values only travel: keep them as the cache has them
+        // values only travel: keep them rotated as the cache has them
         memcpy(x, input::at(in.v, g, j.rows[i]), l.dv*sizeof(float));
         if (kv->n_rot_v) {
             atlas_hadamard(x, l.dv, kv->n_rot_v);
         }
-        atlas_store_row(l.v->type, x, h.v.data() + at*row_v, l.dv);
+        atlas_store_row(l.type_v, x, h.v.data() + at*row_v, l.dv);
 
         h.u[at] = 0.0f;
     }
@@ -73,14 +73,14 @@ void llama_atlas::archive(const job & j, const layer & l, int32_t g, head & h, w
 
 // the mean keys of the archive's blocks [b0, b1); x: [dk]
 void llama_atlas::mean_keys(const layer & l, head & h, int64_t b0, int64_t b1, float * x) const {
-    const size_t row_k = ggml_row_size(l.k->type, l.dk);
+    const size_t row_k = l.row_k();
 
     for (int64_t b = b0; b < b1; ++b) {
         const int64_t r0 = row(n_sink + b*n_block);
         float * rep = h.rep.data() + (r0 - n_sink)/n_block*l.dk;
         std::fill(rep, rep + l.dk, 0.0f);
         for (int64_t i = 0; i < n_block; ++i) {
-            atlas_load_row(l.k->type, h.k.data() + (r0 + i)*row_k, x, l.dk);
+            atlas_load_row(l.type_k, h.k.data() + (r0 + i)*row_k, x, l.dk);
             for (int32_t c = 0; c < l.dk; ++c) {
                 rep[c] += x[c]/n_block;
             }
@@ -236,7 +236,7 @@ void llama_atlas::score_part(const layer & l, const head & h, work & w, item & i
     const int64_t c0    = part*nl;
     const int64_t nc    = std::min(nl, it.n_use - c0);
     const int64_t nq    = it.n_use/l.n_rep;
-    const size_t row_k  = ggml_row_size(l.k->type, l.dk);
+    const size_t row_k  = l.row_k();
     const float * qt    = it.q.data() + part*l.dk*nl;
 
     const int64_t n = it.tok.size();
@@ -244,7 +244,7 @@ void llama_atlas::score_part(const layer & l, const head & h, work & w, item & i
     for (int64_t i = 0; i < n; i += n_tile) {
         const int64_t m = std::min(n_tile, n - i);
         for (int64_t c = 0; c < m; ++c) {
-            atlas_load_row(l.k->type, h.k.data() + row(it.tok[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
+            atlas_load_row(l.type_k, h.k.data() + row(it.tok[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
         }
         atlas_dot(p + i*nl, w.kt.data(), qt, m, l.dk, nl);
     }
@@ -358,13 +358,13 @@ void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work 
 
 // the exact logits of the candidates [i0, i1)
 void llama_atlas::ask_part(const layer & l, const head & h, work & w, item & it, int64_t i0, int64_t i1) {
-    const size_t row_k = ggml_row_size(l.k->type, l.dk);
+    const size_t row_k = l.row_k();
     const int64_t n_pad = atlas_pad_lanes(h.cand.size());
 
     for (int64_t i = i0; i < i1; i += n_tile) {
         const int64_t m = std::min(n_tile, i1 - i);
         for (int64_t c = 0; c < m; ++c) {
-            atlas_load_row(l.k->type, h.k.data() + row(h.cand[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
+            atlas_load_row(l.type_k, h.k.data() + row(h.cand[i + c])*row_k, w.kt.data() + c*l.dk, l.dk);
         }
         atlas_dot_few(it.p.data() + i, n_pad, w.kt.data(), it.q.data(), m, l.dk, l.n_rep);
     }

@@ -18,6 +18,7 @@
 #include <new>
 #include <stdexcept>
 #include <system_error>
+#include <thread>
 
 #ifdef __linux__
 #include <sys/resource.h>
@@ -58,6 +59,13 @@ std::string llama_atlas::unsupported(const llama_model & model, bool causal_attn
         return "the layers rotate different numbers of dimensions";
     }
     return "";
+}
+
+ggml_type llama_atlas::archive_type(ggml_type wanted, ggml_type cache, int64_t d) {
+    if (wanted != GGML_TYPE_COUNT) {
+        return wanted;
+    }
+    return !ggml_is_quantized(cache) && d % ggml_blck_size(GGML_TYPE_Q8_0) == 0 ? GGML_TYPE_Q8_0 : cache;
 }
 
 static llama_kv_cache * full_attention_cache(llama_memory_i & memory) {
@@ -110,13 +118,18 @@ llama_atlas::llama_atlas(
         l.built     = false;
         l.k         = kvl.k;
         l.v         = kvl.v;
+        l.type_k    = archive_type(params.type_k, l.k->type, l.dk);
+        l.type_v    = archive_type(params.type_v, l.v->type, l.dv);
 
         if (l.n_head_kv*l.n_rep != (int32_t) hparams.n_head(il)) {
             throw std::runtime_error(format("ATLAS: layer %u has %u heads for %d KV heads", il, hparams.n_head(il), l.n_head_kv));
         }
-        if (l.dk % ggml_blck_size(l.k->type) != 0 || l.dv % ggml_blck_size(l.v->type) != 0) {
-            throw std::runtime_error(format("ATLAS: head sizes %d and %d of layer %u do not fit the cache types %s and %s",
-                        l.dk, l.dv, il, ggml_type_name(l.k->type), ggml_type_name(l.v->type)));
+        for (const auto & [d, type] : std::initializer_list<std::pair<int32_t, ggml_type>> {
+                { l.dk, l.k->type }, { l.dk, l.type_k }, { l.dv, l.v->type }, { l.dv, l.type_v } }) {
+            if (d % ggml_blck_size(type) != 0) {
+                throw std::runtime_error(format("ATLAS: a head of %d in layer %u cannot be of type %s, which has blocks of %" PRId64,
+                            d, il, ggml_type_name(type), ggml_blck_size(type)));
+            }
         }
 
         if (hparams.has_rope(il)) {
@@ -147,7 +160,7 @@ llama_atlas::llama_atlas(
         n_heads += l.n_head_kv;
         layers.push_back(l);
 
-        bytes_per_token += l.n_head_kv*(ggml_row_size(l.k->type, l.dk) + ggml_row_size(l.v->type, l.dv)
+        bytes_per_token += l.n_head_kv*(l.row_k() + l.row_v()
                 + sizeof(float) + l.dk*sizeof(float)/n_block);
     }
 
@@ -455,8 +468,10 @@ void llama_atlas::set_refresh(int32_t n_refresh) {
     params.n_refresh = std::clamp(n_refresh, 1, 256);
 }
 
-bool llama_atlas::is_computing() const {
-    return ggml_time_us() - t_computed.load(std::memory_order_relaxed) < 100*1000;
+int32_t llama_atlas::n_spare() const {
+    const bool computes = ggml_time_us() - t_computed.load(std::memory_order_relaxed) < 100*1000;
+    const int32_t n_cpu = std::thread::hardware_concurrency();
+    return std::clamp(computes ? n_cpu - cparams.n_threads : n_cpu, 0, n_beside);
 }
 
 void llama_atlas::forget(llama_seq_id seq_id) {

@@ -49,6 +49,9 @@ public:
     // the reason why there can be no memory; empty when there can
     static std::string unsupported(const llama_model & model, bool causal_attn);
 
+    // what the archive keeps heads of size d as; wanted: GGML_TYPE_COUNT for Q8_0 where the cache has more
+    static ggml_type archive_type(ggml_type wanted, ggml_type cache, int64_t d);
+
     // put the memory between the queries, keys and values of a layer and its attention; returns the queries
     // what it does when the graph is computed: archive the new tokens, and fill the memory cells for them
     ggml_tensor * build(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale, int il);
@@ -83,8 +86,7 @@ public:
 
     uint64_t model_hash() const;
 
-    // whether a graph was computed in the last moments; any thread may ask
-    bool is_computing() const;
+    int32_t n_spare() const;
 
     // called by the KV cache when somebody changes a sequence
     void on_clear();
@@ -103,6 +105,7 @@ private:
     static constexpr int64_t n_share_max = 8; // parts of a head's queries that different threads take, at most
     static constexpr int64_t n_together = 16; // queries that are scored together where they choose nothing
     static constexpr size_t  size_aside = 16 << 20; // bytes of an archive that is freed in another thread
+    static constexpr int32_t n_beside = 4; // threads that read a state, at most
     static constexpr int64_t n_scan  = 128;  // blocks that stage 1 may look at per token, on average
     static constexpr float   r_cand  = 2.0f; // candidates of stage 1, in units of the memory cells
     static constexpr float   credit_1 = 0.5f;  // share of a block's score that its successor gets ...
@@ -118,8 +121,13 @@ private:
         float    scale;   // of the logits
         bool     built;   // the graph has the memory in this layer
 
-        ggml_tensor * k;
+        ggml_tensor * k; // the cache
         ggml_tensor * v;
+
+        ggml_type type_k, type_v; // of the archive
+
+        size_t row_k() const { return ggml_row_size(type_k, dk); } // bytes of a token in the archive
+        size_t row_v() const { return ggml_row_size(type_v, dv); }
     };
 
     // layers that rotate alike share a table of angles
@@ -191,6 +199,7 @@ private:
         std::vector<float> s;     // [n_tokens][n_lanes]
         std::vector<float> s1;    // [n_blocks][n_lanes]
         std::vector<float> kt;    // [n_tile][max(dk, dv)]
+        std::vector<uint8_t> conv; // a row of values as the cache has it
         std::vector<float> tmp;   // [2*n_lanes]
         std::vector<float> block; // [n_blocks]: scores
         std::vector<float> cred;  // [n_blocks]: with credits
@@ -229,6 +238,8 @@ private:
         int64_t measure; // the layer in which the error of the choice is measured, -1: none
         std::vector<rope_table> t_key;   // per rope: angles of the new tokens' positions
         std::vector<rope_table> t_query; // ... that turn the queries to the common distance
+
+        bool fills() const { return choose || own || sinks; } // writes cells
     };
 
     const llama_model & model;
@@ -313,9 +324,10 @@ private:
     void state_counters(state_io & io, seq & s);
     void state_cells   (state_io & io, seq & s, llama_kv_cache & cache, llama_seq_id seq_id);
     void state_layer   (state_io & io, seq & s, size_t i_layer);
-    void state_rows    (state_io & io, const seq & s, ggml_type type, int64_t n_values, void * data, int64_t first, int64_t t0, int64_t t1);
+    void state_rows    (state_io & io, const seq & s, ggml_type type, ggml_type there, int64_t n_values, void * data, int64_t first, int64_t t0, int64_t t1);
     int64_t n_piece(int64_t n_tok) const;
     void state_resume  (seq & s, llama_seq_id seq_id);
+    void share(size_t n, const std::function<void(size_t)> & fn) const;
 
     // what runs in the graph's threads, which must not allocate
     // the tensors of a layer, F32: [n_embd_head, n_head(_kv), n_tokens]

@@ -49,6 +49,7 @@ static const char * usage =
     "                            profit from what the later ones recall (1)\n"
     "        --atlas-blend F     attention mass of the memory cells (1)\n"
     "        --atlas-archive-max MiB\n"
+    "        --atlas-type-k, --atlas-type-v TYPE  types of the archive (q8_0 where the cache has more bits)\n"
     "  -ctk, -ctv TYPE           cache types (f16)\n"
     "  -fa   on|off|auto         flash attention (auto)\n"
     "  -ngl  N                   layers on the GPU (all)\n"
@@ -140,6 +141,8 @@ static options parse(int argc, char ** argv) {
         else if (a == "--atlas-recall")                { o.atlas.recall    = to_float(value(a), a); }
         else if (a == "--atlas-blend")                 { o.atlas.blend     = to_float(value(a), a); }
         else if (a == "--atlas-archive-max")           { o.atlas.archive_max = to_int(value(a), a, 1, 1 << 30) << 20; }
+        else if (a == "--atlas-type-k")                { o.atlas.type_k = parse_type(value(a)); }
+        else if (a == "--atlas-type-v")                { o.atlas.type_v = parse_type(value(a)); }
         else if (a == "-ctk" || a == "--cache-type-k") { o.type_k    = value(a); }
         else if (a == "-ctv" || a == "--cache-type-v") { o.type_v    = value(a); }
         else if (a == "-ngl")                          { o.n_gpu     = to_int(value(a), a, 0, 1 << 20); }

@@ -334,6 +334,18 @@ async def test_infinite_values_are_refused(start, smollm2, folder, purpose, type
     assert status == 400 and "no model computes" in answer["error"]["message"], answer
 
 
+async def test_a_session_with_a_shorter_answer_is_what_is_loaded(start, smollm2, folder):
+    """The last look at the archive was then later than the last token."""
+    running = await start({"small": smollm2}, **sections(folder))
+    for tokens in (32, 1):
+        status, answer = await complete(running, TEXT[:4000], tokens=tokens, memory_file="again")
+        assert status == 200, answer
+    await restart(running)
+    status, loaded = await running.json("POST", "/v1/atlas/memory/load", {"filename": "again"})
+    assert status == 200, loaded
+    assert loaded["n_tokens"] == answer["atlas"]["saved"]["n_tokens"]
+
+
 async def test_a_file_goes_to_a_server_with_an_archive_of_another_type(start, smollm2, folder):
     config = sections(folder)
     args = config["models"]["overrides"]["small"]["args"]

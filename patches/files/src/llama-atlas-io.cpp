@@ -573,7 +573,8 @@ void llama_atlas::state_layer(state_io & io, seq & s, size_t i_layer) {
         demand(std::adjacent_find(order.begin(), order.end()) == order.end(), "a token survives twice");
 
         h.rank.resize(n_mem, UINT32_MAX);
-        demand(h.t_cand >= 0 && h.t_cand <= s.n_tok, "the time of the candidates is out of range");
+        demand(h.t_cand >= 0, "the time of the candidates is out of range");
+        h.t_cand = std::min(h.t_cand, s.n_tok); // it could be later in version 3, where the last tokens had been removed
         demand(h.threshold >= 0.0f && h.threshold < ATLAS_VALUE_MAX, "the threshold is out of range");
         demand(h.n_recalled >= 0, "the number of recalled blocks is out of range");
 

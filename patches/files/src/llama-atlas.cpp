@@ -236,6 +236,9 @@ void llama_atlas::trim(seq & s, int64_t n) {
     }
     s.n_wait = std::max<int64_t>(0, s.n_wait - (s.n_tok - n));
     s.n_tok  = n;
+    for (auto & h : s.heads) {
+        h.t_cand = std::min(h.t_cand, n);
+    }
 }
 
 void llama_atlas::on_clear() {

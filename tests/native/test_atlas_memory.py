@@ -346,6 +346,27 @@ async def test_a_session_with_a_shorter_answer_is_what_is_loaded(start, smollm2,
     assert loaded["n_tokens"] == answer["atlas"]["saved"]["n_tokens"]
 
 
+async def test_a_session_that_takes_the_room_of_another_is_what_it_was(start, smollm2, folder):
+    """The archive of the session that has to leave the slot is filled anew."""
+    running = await start({"small": smollm2}, **sections(folder))
+    for name, text in (("one", TEXT[:4000]), ("two", TEXT[3000:7000])):
+        status, answer = await complete(running, text, tokens=1, memory_file=name)
+        assert status == 200, answer
+    file = folder / "one.atlas"
+    before = file.read_bytes()
+
+    async def ask() -> list[int]:
+        status, answer = await complete(running, " and so", tokens=32, memory_file="one")
+        assert status == 200 and answer["timings"]["prompt_n"] < 32, answer
+        tokens: list[int] = answer["tokens"]
+        return tokens
+
+    in_the_others = await ask()
+    await restart(running)
+    file.write_bytes(before)
+    assert await ask() == in_the_others
+
+
 async def test_a_file_goes_to_a_server_with_an_archive_of_another_type(start, smollm2, folder):
     config = sections(folder)
     args = config["models"]["overrides"]["small"]["args"]

@@ -19,6 +19,9 @@ void llama_atlas::reserve(seq & s, int64_t n_new) {
     const int64_t n_rows = n_sink + std::min(n_cap, GGML_PAD(n_tok + n_tok/8, 1024));
     const int64_t n_group  = std::max<int64_t>({ n_together, params.n_chunk, params.n_refresh });
 
+    if (s.heads.empty()) {
+        s.heads = take_aside(std::min(n_tok, n_sink + n_cap), 2*n_rows);
+    }
     s.heads.resize(n_heads);
     s.wait.resize(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {

@@ -11,6 +11,7 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
@@ -23,6 +24,9 @@
 #ifdef __linux__
 #include <sys/resource.h>
 #endif
+
+// how long an archive that was given up waits for somebody who needs one
+static constexpr std::chrono::milliseconds ATLAS_ASIDE(500);
 
 //
 // llama_atlas
@@ -199,6 +203,9 @@ llama_atlas::llama_atlas(
 }
 
 llama_atlas::~llama_atlas() {
+    if (given_up) {
+        given_up->end();
+    }
     kv->atlas = nullptr;
 }
 
@@ -213,19 +220,64 @@ void llama_atlas::reset(seq & s) {
         size += h.k.size() + h.v.size();
     }
     if (size >= size_aside) {
-        // the system takes back pages one by one: nobody should wait for that
-        try {
-            freeing = std::async(std::launch::async, [](std::vector<head> heads) {
-#ifdef __linux__
-                setpriority(PRIO_PROCESS, 0, 5); // of this thread
-#endif
-                heads.clear();
-            }, std::move(s.heads));
-        } catch (const std::system_error &) {
-            // no thread can be had: it is freed here
-        }
+        put_aside(std::move(s.heads));
     }
     s = seq();
+}
+
+void llama_atlas::put_aside(std::vector<head> && heads) {
+    const std::lock_guard<std::mutex> lock(aside_mutex);
+    if (given_up) {
+        given_up->end();
+    }
+    freeing.erase(std::remove_if(freeing.begin(), freeing.end(), [](const std::future<void> & f) {
+        return f.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+    }), freeing.end());
+
+    given_up = std::make_shared<aside>();
+    given_up->heads = std::move(heads);
+    try {
+        freeing.push_back(std::async(std::launch::async, [a = given_up] {
+#ifdef __linux__
+            setpriority(PRIO_PROCESS, 0, 5); // of this thread
+#endif
+            std::unique_lock<std::mutex> lock(a->mutex);
+            a->change.wait_for(lock, ATLAS_ASIDE, [&] { return a->over; });
+            const std::vector<head> heads = std::move(a->heads);
+            a->heads.clear();
+            lock.unlock(); // and now they are freed
+        }));
+    } catch (const std::system_error &) {
+        given_up.reset(); // no thread can be had: they are freed here
+    }
+}
+
+// what has room for n_min rows, and for n_max at most; else nothing
+std::vector<llama_atlas::head> llama_atlas::take_aside(int64_t n_min, int64_t n_max) {
+    const std::lock_guard<std::mutex> lock(aside_mutex);
+    std::vector<head> res;
+    if (!given_up) {
+        return res;
+    }
+    {
+        const std::lock_guard<std::mutex> lock_heads(given_up->mutex);
+        const int64_t n = given_up->heads.empty() ? 0 : given_up->heads[0].u.size();
+        if (n < n_min || n > n_max) {
+            return res;
+        }
+        for (head & old : given_up->heads) {
+            head & h = res.emplace_back();
+            h.k = std::move(old.k);
+            h.v = std::move(old.v);
+            h.u.swap(old.u);
+            h.rep.swap(old.rep);
+            std::fill(h.u.begin(), h.u.end(), 0.0f);
+        }
+        given_up->heads.clear();
+    }
+    given_up->end();
+    given_up.reset();
+    return res;
 }
 
 void llama_atlas::trim(seq & s, int64_t n) {

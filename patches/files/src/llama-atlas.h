@@ -10,10 +10,12 @@
 
 #include <array>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <future>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -104,7 +106,7 @@ private:
     static constexpr int64_t n_part  = 64; // candidates or cells that a thread takes at a time
     static constexpr int64_t n_share_max = 8; // parts of a head's queries that different threads take, at most
     static constexpr int64_t n_together = 16; // queries that are scored together where they choose nothing
-    static constexpr size_t  size_aside = 16 << 20; // bytes of an archive that is freed in another thread
+    static constexpr size_t  size_aside = 16 << 20; // bytes of an archive that is put aside
     static constexpr int32_t n_beside = 4; // threads that read a state, at most
     static constexpr int64_t n_scan  = 128;  // blocks that stage 1 may look at per token, on average
     static constexpr float   r_cand  = 2.0f; // candidates of stage 1, in units of the memory cells
@@ -193,6 +195,21 @@ private:
         int64_t t_score = 0, t_write = 0, t_slide = 0;
     };
 
+    // an archive that was given up. Who soon needs one as large takes it, as a load into the same slot does; else a thread
+    // gives its pages back to the system, which takes long
+    struct aside {
+        std::mutex mutex;
+        std::condition_variable change;
+        std::vector<head> heads; // none: they were taken, or are being freed
+        bool over = false;       // nobody shall wait any longer
+
+        void end() {
+            const std::lock_guard<std::mutex> lock(mutex);
+            over = true;
+            change.notify_all();
+        }
+    };
+
     // scratch memory of a thread; everything is sized before the threads start
     struct work {
         std::vector<float> qt;    // [n_rep][dk + 2*dv]: see omega()
@@ -270,7 +287,9 @@ private:
     bool    staged = false; // the cells are not in host memory
 
     std::vector<seq> seqs;
-    std::future<void> freeing; // the archive that was given up last
+    std::mutex aside_mutex; // a load runs in a thread of its own
+    std::shared_ptr<aside> given_up; // the archive that was given up last
+    std::vector<std::future<void>> freeing;
     std::atomic<int64_t> t_computed { 0 }; // microseconds
     std::vector<std::unique_ptr<work>> works; // one per thread
 
@@ -311,6 +330,8 @@ private:
     int64_t first_kept(const seq & s) const; // the oldest token that the archive still holds
 
     void reset(seq & s);
+    void put_aside(std::vector<head> && heads);
+    std::vector<head> take_aside(int64_t n_min, int64_t n_max);
     void trim(seq & s, int64_t n);
     void reserve(seq & s, int64_t n_new);
     void reserve_work(const seq & s);

@@ -117,11 +117,13 @@ def load(running: MemoryServer, name: str) -> Json:
     return running.want(running.ask("POST", "/v1/atlas/memory/load", {"filename": name}))
 
 
-def measure(running: MemoryServer, prompt: list[int], rounds: int, quiet: float) -> Json:
+def measure(running: MemoryServer, prompt: list[int], rounds: int, quiet: float, settle: float = 0.0) -> Json:
     """Read a session, and save and load it `rounds` times, each alone and beside a stream of the other slot.
 
     `whole`: a file of its own; `save`: the session's file after a turn of a few tokens. Returns bytes and seconds; a
-    stall is the longest gap in the stream less the median gap of `quiet` seconds before.
+    stall is the longest gap in the stream less the median gap of `quiet` seconds before, which begin `settle` seconds
+    after what was done before: the host of a virtual machine may take back freed memory, the pages of a deleted file
+    too, two seconds later, and everything waits then.
     """
     slot = running.want(running.complete(prompt, 1, memory_file="book"))["atlas"]["saved"]["slot"]
     row: Json = {"tokens": len(prompt)}
@@ -132,11 +134,11 @@ def measure(running: MemoryServer, prompt: list[int], rounds: int, quiet: float)
     def nothing() -> None:
         pass
 
-    # removed at the end: what a virtual machine frees may go back to its host two seconds later, while all of it waits
-    wholes = (f"whole{number}" for number in range(2 * rounds))
+    def forget() -> None:
+        running.ask("DELETE", "/v1/atlas/memory?file=whole")
 
     calls: dict[str, tuple[Callable[[], None], Callable[[], Json]]] = {
-        "whole": (nothing, lambda: save(running, next(wholes), slot=slot)),
+        "whole": (forget, lambda: save(running, "whole", slot=slot)),
         "save": (turn, lambda: save(running, "book")),
         "load": (nothing, lambda: load(running, "book")),
     }
@@ -159,6 +161,7 @@ def measure(running: MemoryServer, prompt: list[int], rounds: int, quiet: float)
         with streaming(running) as stream:
             for _ in range(rounds):
                 before_it()
+                stream.go_on(settle)
                 before = stream.gaps(*stream.go_on(quiet))
                 began = time.perf_counter()
                 call()
@@ -169,8 +172,7 @@ def measure(running: MemoryServer, prompt: list[int], rounds: int, quiet: float)
         row[f"{what}_stall"] = statistics.median(stalls)
         row[f"{what}_stall_longest"] = max(stalls)
         row[f"{what}_stream_gap"], row[f"{what}_stream_noise"] = statistics.median(usual), statistics.median(worst)
-    for number in range(2 * rounds):
-        running.want(running.ask("DELETE", f"/v1/atlas/memory?file=whole{number}"))
+    forget()
     return row
 
 
@@ -237,6 +239,7 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=5, help="saves and loads of each kind")
     options.add_argument("--starts", type=int, default=3, help="loads by a server that has just started")
     options.add_argument("--quiet", type=float, default=2.0, help="seconds of the stream before each")
+    options.add_argument("--settle", type=float, default=3.0, help="seconds before that")
     options.add_argument("--requests", type=int, default=50, help="short requests of each kind")
     options.add_argument("--cycles", type=int, default=1000)
     options.add_argument("--cycle-tokens", type=int, default=600)
@@ -260,7 +263,7 @@ def main() -> int:
             for tokens in given.tokens:
                 progress(f"{tokens} tokens, {cache}")
                 with MemoryServer(server, given.model, folder, *words(given.cells, cache)) as running:
-                    row = measure(running, tokens_of(running, text, tokens), given.rounds, given.quiet)
+                    row = measure(running, tokens_of(running, text, tokens), given.rounds, given.quiet, given.settle)
                 first = []
                 for _ in range(given.starts):
                     with MemoryServer(server, given.model, folder, *words(given.cells, cache)) as running:

@@ -29,10 +29,10 @@ from common import BenchError, Json, machine_state, parser, print_machine, run_m
 TOKENS = 400
 """Tokens that a request adds to the session."""
 
-LIMIT = 150_000
+LIMIT = 100_000
 """Largest file in bytes in `limit`: a session of TOKENS fits, one of twice as many does not."""
 
-LONG, LONG_LIMIT = 5000, 1_500_000
+LONG, LONG_LIMIT = 5000, 800_000
 """The same in `grown`, where a save goes behind what the file has."""
 
 WRAPPER = """\

@@ -391,7 +391,13 @@ atlas_work atlas_reader::unpack(atlas_work work) {
         throw atlas_corrupt("a frame has another size than the header says");
     }
     work.tmp.resize(frame.raw);
-    const size_t n = ZSTD_decompress(work.tmp.data(), work.tmp.size(), work.data.data(), work.data.size());
+    if (!work.dctx) {
+        work.dctx = { ZSTD_createDCtx(), ZSTD_freeDCtx };
+    }
+    if (!work.dctx) {
+        throw std::bad_alloc();
+    }
+    const size_t n = ZSTD_decompressDCtx(work.dctx.get(), work.tmp.data(), work.tmp.size(), work.data.data(), work.data.size());
     if (ZSTD_isError(n) || n != work.tmp.size()) {
         throw atlas_corrupt(std::string("a frame cannot be decompressed: ") + (ZSTD_isError(n) ? ZSTD_getErrorName(n) : "it is too short"));
     }

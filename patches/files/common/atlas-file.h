@@ -94,11 +94,19 @@ struct atlas_index {
     uint64_t    end = 0; // of the generation, in the file
 };
 
+struct ZSTD_CCtx_s;
+struct ZSTD_DCtx_s;
+
+template <typename T>
+using atlas_zstd = std::unique_ptr<T, size_t (*)(T *)>;
+
 // a frame on its way: its bytes before and after, and room for those between. It is used again and again: new buffers
 // for each frame, of pages that the system has to clear, cost a third of a save and of a load
 struct atlas_work {
     atlas_frame frame;
     std::vector<uint8_t> data, tmp;
+    atlas_zstd<ZSTD_CCtx_s> cctx = { nullptr, nullptr }; // once it was needed
+    atlas_zstd<ZSTD_DCtx_s> dctx = { nullptr, nullptr };
 
     // the last one that has nothing to do, or a new one
     static atlas_work from(std::vector<atlas_work> & idle);
@@ -110,7 +118,8 @@ void atlas_shuffle(std::vector<uint8_t> & data, std::vector<uint8_t> & tmp, size
 // do something with a frame, in another thread if there is one to spare
 std::future<atlas_work> atlas_process(size_t n_workers, std::function<atlas_work(atlas_work)> f, atlas_work work);
 
-// compresses frames in other threads, and writes them in their order; these throw common_atlas_error
+// compresses frames in other threads, and writes them in their order in one more: who gives the bytes waits for neither,
+// as long as both keep up; these throw common_atlas_error
 class atlas_writer {
 public:
     // a header of up to n_header bytes comes before the frames; raw_max: of all of them
@@ -143,6 +152,7 @@ private:
     uint64_t n_front; // where the frames begin
     uint64_t n_old = 0; // where a new generation begins, 0: a new file
     uint64_t n_written = 0; // bytes of frames
+    uint64_t n_given   = 0; // ... that the file was given; only who writes asks
     uint64_t n_begun   = 0; // ... that are on their way to the disk
     std::vector<atlas_frame> frames;
     std::map<std::tuple<std::string, int32_t, size_t, size_t, uint64_t>, atlas_frame> known; // by kind, raw size and content
@@ -151,8 +161,13 @@ private:
     int32_t     cur_piece = 0;
     std::vector<uint8_t> data;
 
+    using works = std::vector<atlas_work>;
+
     std::deque<std::future<atlas_work>> pending;
-    std::vector<atlas_work> idle;
+    works packed;              // that wait for the one that writes
+    size_t n_packed = 0;       // bytes of them
+    std::future<works> writing;
+    works idle;
 
     void plan(const common_json & header, size_t n_layer, size_t raw_max);
     void truncate();
@@ -160,7 +175,9 @@ private:
     void put(uint64_t at, const void * src, size_t size);
     void sync();
     void drain(size_t n_left);
-    void begin_sync();
+    void write();
+    void take_back();
+    works write_all(works batch);
     void flush();
 };
 

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
+#include <new>
 
 #ifndef _WIN32
 #include <fcntl.h>
@@ -21,7 +23,8 @@ using json = common_json;
 
 static constexpr size_t ATLAS_FRAME_MIN   = 1 << 20; // raw, of those that are written
 static constexpr size_t ATLAS_FRAMES      = 4096;    // about as many at most, as long as they are not too large
-static constexpr size_t ATLAS_SYNC_STEP   = 8 << 20; // bytes
+static constexpr size_t ATLAS_WRITE_STEP  = 2 << 20; // bytes that another thread writes at a time
+static constexpr size_t ATLAS_SYNC_STEP   = 8 << 20;
 
 // What is quantized is as good as random, but for what is there twice: to look for that alone, without coding what is left,
 // makes files 6 % larger (of 100 bytes 95, not 89) in a quarter of the time, and they are read seven times as fast.
@@ -98,6 +101,9 @@ atlas_writer::atlas_writer(const std::string & path, const atlas_index & old, co
 }
 
 atlas_writer::~atlas_writer() {
+    if (writing.valid()) {
+        writing.wait();
+    }
     if (f && n_old > 0) {
         pending.clear();
         truncate();
@@ -147,6 +153,8 @@ void atlas_writer::sync() {
 json atlas_writer::finish(json header, uint64_t bytes_max) {
     flush();
     drain(0);
+    write();
+    take_back();
 
     size_t raw = 0;
     for (const auto & frame : frames) {
@@ -209,11 +217,17 @@ atlas_work atlas_writer::pack(atlas_work work) const {
     frame.offset = 0;
     atlas_shuffle(work.data, work.tmp, frame.stride, false);
 
-    std::unique_ptr<ZSTD_CCtx, size_t (*)(ZSTD_CCtx *)> cctx(ZSTD_createCCtx(), ZSTD_freeCCtx);
+    if (!work.cctx) {
+        work.cctx = { ZSTD_createCCtx(), ZSTD_freeCCtx };
+    }
+    if (!work.cctx) {
+        throw std::bad_alloc();
+    }
+    ZSTD_CCtx * cctx = work.cctx.get();
     work.tmp.resize(ZSTD_compressBound(work.data.size()));
-    ZSTD_CCtx_setParameter(cctx.get(), ZSTD_c_compressionLevel, level == 1 && frame.stride == 1 ? ATLAS_LEVEL_QUANTIZED : level);
-    ZSTD_CCtx_setParameter(cctx.get(), ZSTD_c_checksumFlag, 1);
-    const size_t n = ZSTD_compress2(cctx.get(), work.tmp.data(), work.tmp.size(), work.data.data(), work.data.size());
+    ZSTD_CCtx_setParameter(cctx, ZSTD_c_compressionLevel, level == 1 && frame.stride == 1 ? ATLAS_LEVEL_QUANTIZED : level);
+    ZSTD_CCtx_setParameter(cctx, ZSTD_c_checksumFlag, 1);
+    const size_t n = ZSTD_compress2(cctx, work.tmp.data(), work.tmp.size(), work.data.data(), work.data.size());
     if (ZSTD_isError(n)) {
         throw common_atlas_error(500, std::string("cannot compress: ") + ZSTD_getErrorName(n));
     }
@@ -229,26 +243,55 @@ void atlas_writer::drain(size_t n_left) {
         atlas_work work = pending.front().get();
         pending.pop_front();
         if (work.frame.offset == 0) { // it is not in the file yet
-            if (fwrite(work.data.data(), 1, work.data.size(), f.get()) != work.data.size()) {
-                throw common_atlas_error(500, std::string("cannot write the memory file: ") + strerror(errno));
-            }
             work.frame.offset = n_front + n_written;
             n_written += work.data.size();
-            begin_sync();
+            n_packed  += work.data.size();
+            frames.push_back(work.frame);
+            packed.push_back(std::move(work));
+            if (n_packed >= ATLAS_WRITE_STEP || n_workers() == 0) {
+                write();
+            }
+        } else {
+            frames.push_back(work.frame);
+            idle.push_back(std::move(work));
         }
-        frames.push_back(work.frame);
-        idle.push_back(std::move(work));
     }
 }
 
-// let the disk begin: else it idles until the end, and then has everything to write at once
-void atlas_writer::begin_sync() {
+// what is packed: in another thread if there is one to spare, as soon as that has written what it was given before
+void atlas_writer::write() {
+    take_back();
+    const auto how = n_workers() == 0 ? std::launch::deferred : std::launch::async;
+    writing = std::async(how, [this](works batch) { return write_all(std::move(batch)); }, std::move(packed));
+    packed.clear();
+    n_packed = 0;
+    if (how == std::launch::deferred) {
+        take_back();
+    }
+}
+
+void atlas_writer::take_back() {
+    if (writing.valid()) {
+        works written = writing.get();
+        std::move(written.begin(), written.end(), std::back_inserter(idle));
+    }
+}
+
+atlas_writer::works atlas_writer::write_all(works batch) {
+    for (const auto & work : batch) {
+        if (fwrite(work.data.data(), 1, work.data.size(), f.get()) != work.data.size()) {
+            throw atlas_io_error("cannot write", path);
+        }
+        n_given += work.data.size();
+    }
 #ifdef SYNC_FILE_RANGE_WRITE
-    if (n_written - n_begun >= ATLAS_SYNC_STEP && fflush(f.get()) == 0) {
-        sync_file_range(fileno(f.get()), n_front + n_begun, n_written - n_begun, SYNC_FILE_RANGE_WRITE);
-        n_begun = n_written;
+    // let the disk begin: else it idles until the end, and then has everything to write at once
+    if (n_given - n_begun >= ATLAS_SYNC_STEP && fflush(f.get()) == 0) {
+        sync_file_range(fileno(f.get()), n_front + n_begun, n_given - n_begun, SYNC_FILE_RANGE_WRITE);
+        n_begun = n_given;
     }
 #endif
+    return batch;
 }
 
 void atlas_writer::flush() {

@@ -204,6 +204,7 @@ std::shared_ptr<common_atlas_loading> common_atlas_store::load_file(const std::s
         if (r.raw_size(kind, -1) != 4*(size_t) n_tokens || (uint64_t) n_tokens/16 > r.size) {
             throw atlas_corrupt("the number of tokens is wrong");
         }
+        res->reader->read_ahead();
         std::vector<uint8_t> bytes(4*n_tokens);
         r.take(kind, -1, bytes.data(), bytes.size());
         session.tokens.reserve(n_tokens);

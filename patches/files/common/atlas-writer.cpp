@@ -9,7 +9,6 @@
 #include <cerrno>
 #include <cstring>
 #include <iterator>
-#include <new>
 
 #ifndef _WIN32
 #include <fcntl.h>
@@ -34,6 +33,99 @@ static constexpr int32_t ATLAS_LEVEL_QUANTIZED = -1;
 // of the state, see llama-atlas-io.cpp: tokens of a piece, and pieces of all layers
 static constexpr size_t ATLAS_PIECE_LEAST = 256;
 static constexpr size_t ATLAS_PIECES      = 2048;
+
+//
+// atlas_output
+//
+
+static constexpr size_t ATLAS_BLOCK = 4096; // of the disk, or a multiple of it
+
+bool atlas_output::begin(FILE * file, uint64_t begin, bool direct) {
+    f  = file;
+    at = n_begun = begin;
+    if (atlas_seek(f, at) != 0) {
+        return false;
+    }
+#ifdef O_DIRECT
+    void * p = nullptr;
+    const int flags = fcntl(fileno(f), F_GETFL);
+    if (direct && flags >= 0 && posix_memalign(&p, ATLAS_BLOCK, ATLAS_WRITE_STEP) == 0) {
+        block.reset((uint8_t *) p);
+        if (fcntl(fileno(f), F_SETFL, flags | O_DIRECT) != 0) {
+            block.reset(); // the file system cannot do it
+        }
+    }
+#endif
+    if (block) {
+        n_block = at % ATLAS_BLOCK;
+        at     -= n_block;
+        memset(block.get(), 0, n_block);
+    }
+    return true;
+}
+
+bool atlas_output::write(const void * src, size_t size) {
+#ifdef O_DIRECT
+    while (block && size > 0) {
+        const size_t n = std::min(size, ATLAS_WRITE_STEP - n_block);
+        memcpy(block.get() + n_block, src, n);
+        src      = (const uint8_t *) src + n;
+        size    -= n;
+        n_block += n;
+        if (n_block < ATLAS_WRITE_STEP) {
+            return true;
+        }
+        const ssize_t n_done = pwrite(fileno(f), block.get(), n_block, at);
+        if (n_done == (ssize_t) n_block) {
+            at     += n_block;
+            n_block = 0;
+        } else if (n_done >= 0 || errno == EINVAL) { // not here, or not so much at a time
+            if (!leave_direct()) {
+                return false;
+            }
+        } else {
+            return false;
+        }
+    }
+#endif
+    if (fwrite(src, 1, size, f) != size) {
+        return false;
+    }
+    at += size;
+#ifdef SYNC_FILE_RANGE_WRITE
+    // let the disk begin: else it idles until the end, and then has everything to write at once
+    if (at - n_begun >= ATLAS_SYNC_STEP && fflush(f) == 0) {
+        sync_file_range(fileno(f), n_begun, at - n_begun, SYNC_FILE_RANGE_WRITE);
+        n_begun = at;
+    }
+#endif
+    return true;
+}
+
+// what waits, and all that comes, go through the page cache
+bool atlas_output::leave_direct() {
+#ifdef O_DIRECT
+    const int flags = fcntl(fileno(f), F_GETFL);
+    if (flags < 0 || fcntl(fileno(f), F_SETFL, flags & ~O_DIRECT) != 0) {
+        return false;
+    }
+#endif
+    if (atlas_seek(f, at) != 0 || fwrite(block.get(), 1, n_block, f) != n_block) {
+        return false;
+    }
+    n_begun = at;
+    at += n_block;
+    block.reset();
+    return true;
+}
+
+bool atlas_output::end() {
+    return !block || leave_direct();
+}
+
+//
+// atlas_writer
+//
 
 static json frames_to_json(const std::vector<atlas_frame> & frames, bool with_offset) {
     json res = json::array();
@@ -77,7 +169,7 @@ atlas_writer::atlas_writer(const std::string & path, const json & header, size_t
     plan(header, n_layer, raw_max);
     // the header comes first, but its table is only known in the end
     n_front = ATLAS_FIXED + n_header + 8;
-    if (atlas_seek(f.get(), n_front) != 0) {
+    if (!out.begin(f.get(), n_front, raw_max >= ATLAS_WRITE_STEP)) {
         throw atlas_io_error("cannot write", path);
     }
 }
@@ -95,7 +187,7 @@ atlas_writer::atlas_writer(const std::string & path, const atlas_index & old, co
     }
     truncate(); // what a process left that was killed
     n_front = n_old + ATLAS_RECORD;
-    if (atlas_seek(f.get(), n_front) != 0) {
+    if (!out.begin(f.get(), n_front, false)) {
         throw atlas_io_error("cannot write", path);
     }
 }
@@ -155,6 +247,9 @@ json atlas_writer::finish(json header, uint64_t bytes_max) {
     drain(0);
     write();
     take_back();
+    if (!out.end()) {
+        throw atlas_io_error("cannot write", path);
+    }
 
     size_t raw = 0;
     for (const auto & frame : frames) {
@@ -279,18 +374,10 @@ void atlas_writer::take_back() {
 
 atlas_writer::works atlas_writer::write_all(works batch) {
     for (const auto & work : batch) {
-        if (fwrite(work.data.data(), 1, work.data.size(), f.get()) != work.data.size()) {
+        if (!out.write(work.data.data(), work.data.size())) {
             throw atlas_io_error("cannot write", path);
         }
-        n_given += work.data.size();
     }
-#ifdef SYNC_FILE_RANGE_WRITE
-    // let the disk begin: else it idles until the end, and then has everything to write at once
-    if (n_given - n_begun >= ATLAS_SYNC_STEP && fflush(f.get()) == 0) {
-        sync_file_range(fileno(f.get()), n_front + n_begun, n_given - n_begun, SYNC_FILE_RANGE_WRITE);
-        n_begun = n_given;
-    }
-#endif
     return batch;
 }
 
@@ -315,7 +402,8 @@ void atlas_writer::add(const atlas_frame & kind, int32_t piece, const void * src
     const size_t max = n_frame/kind.stride*kind.stride;
     for (size_t i = 0; i < size; ) {
         const size_t n = std::min(size - i, max - data.size());
-        data.insert(data.end(), (const uint8_t *) src + i, (const uint8_t *) src + i + n);
+        data.resize(data.size() + n);
+        memcpy(data.data() + data.size() - n, (const uint8_t *) src + i, n);
         if (data.size() == max) {
             flush();
         }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "atlas-output.h"
 #include "json.h"
 
 #include "llama-atlas.h"
@@ -7,7 +8,6 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <deque>
 #include <functional>
 #include <future>
@@ -140,26 +140,6 @@ void atlas_shuffle(atlas_bytes & data, atlas_bytes & tmp, size_t stride, bool ba
 
 // do something with a frame, in another thread if there is one to spare
 std::future<atlas_work> atlas_process(size_t n_workers, std::function<atlas_work(atlas_work)> f, atlas_work work);
-
-// puts bytes behind each other into a file, past the page cache if it can: a session does not push the weights of the models
-// out of it, and the system has no pages to find, which takes a virtual machine longer than the disk
-// false: errno says why
-class atlas_output {
-public:
-    // the next bytes come to `at`, and what is before it in its block is to be written later
-    bool begin(FILE * f, uint64_t at, bool direct);
-    bool write(const void * src, size_t size);
-    bool end(); // all was given to the disk, and the file is as any other
-
-private:
-    FILE * f = nullptr;
-    uint64_t at = 0;      // where `block` comes to, or the next bytes
-    uint64_t n_begun = 0; // up to there the disk was told to begin
-    std::unique_ptr<uint8_t, void (*)(void *)> block = { nullptr, free }; // none: through the page cache
-    size_t n_block = 0;   // bytes of it
-
-    bool leave_direct();
-};
 
 // compresses frames in other threads, and writes them in their order in one more: who gives the bytes waits for neither,
 // as long as both keep up; these throw common_atlas_error

@@ -6,7 +6,6 @@
 #include <zstd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <iterator>
 
@@ -22,8 +21,6 @@ using json = common_json;
 
 static constexpr size_t ATLAS_FRAME_MIN   = 1 << 20; // raw, of those that are written
 static constexpr size_t ATLAS_FRAMES      = 4096;    // about as many at most, as long as they are not too large
-static constexpr size_t ATLAS_WRITE_STEP  = 2 << 20; // bytes that another thread writes at a time
-static constexpr size_t ATLAS_SYNC_STEP   = 8 << 20;
 
 // What is quantized is as good as random, but for what is there twice: to look for that alone, without coding what is left,
 // makes files 6 % larger (of 100 bytes 95, not 89) in a quarter of the time, and they are read seven times as fast.
@@ -33,99 +30,6 @@ static constexpr int32_t ATLAS_LEVEL_QUANTIZED = -1;
 // of the state, see llama-atlas-io.cpp: tokens of a piece, and pieces of all layers
 static constexpr size_t ATLAS_PIECE_LEAST = 256;
 static constexpr size_t ATLAS_PIECES      = 2048;
-
-//
-// atlas_output
-//
-
-static constexpr size_t ATLAS_BLOCK = 4096; // of the disk, or a multiple of it
-
-bool atlas_output::begin(FILE * file, uint64_t begin, bool direct) {
-    f  = file;
-    at = n_begun = begin;
-    if (atlas_seek(f, at) != 0) {
-        return false;
-    }
-#ifdef O_DIRECT
-    void * p = nullptr;
-    const int flags = fcntl(fileno(f), F_GETFL);
-    if (direct && flags >= 0 && posix_memalign(&p, ATLAS_BLOCK, ATLAS_WRITE_STEP) == 0) {
-        block.reset((uint8_t *) p);
-        if (fcntl(fileno(f), F_SETFL, flags | O_DIRECT) != 0) {
-            block.reset(); // the file system cannot do it
-        }
-    }
-#endif
-    if (block) {
-        n_block = at % ATLAS_BLOCK;
-        at     -= n_block;
-        memset(block.get(), 0, n_block);
-    }
-    return true;
-}
-
-bool atlas_output::write(const void * src, size_t size) {
-#ifdef O_DIRECT
-    while (block && size > 0) {
-        const size_t n = std::min(size, ATLAS_WRITE_STEP - n_block);
-        memcpy(block.get() + n_block, src, n);
-        src      = (const uint8_t *) src + n;
-        size    -= n;
-        n_block += n;
-        if (n_block < ATLAS_WRITE_STEP) {
-            return true;
-        }
-        const ssize_t n_done = pwrite(fileno(f), block.get(), n_block, at);
-        if (n_done == (ssize_t) n_block) {
-            at     += n_block;
-            n_block = 0;
-        } else if (n_done >= 0 || errno == EINVAL) { // not here, or not so much at a time
-            if (!leave_direct()) {
-                return false;
-            }
-        } else {
-            return false;
-        }
-    }
-#endif
-    if (fwrite(src, 1, size, f) != size) {
-        return false;
-    }
-    at += size;
-#ifdef SYNC_FILE_RANGE_WRITE
-    // let the disk begin: else it idles until the end, and then has everything to write at once
-    if (at - n_begun >= ATLAS_SYNC_STEP && fflush(f) == 0) {
-        sync_file_range(fileno(f), n_begun, at - n_begun, SYNC_FILE_RANGE_WRITE);
-        n_begun = at;
-    }
-#endif
-    return true;
-}
-
-// what waits, and all that comes, go through the page cache
-bool atlas_output::leave_direct() {
-#ifdef O_DIRECT
-    const int flags = fcntl(fileno(f), F_GETFL);
-    if (flags < 0 || fcntl(fileno(f), F_SETFL, flags & ~O_DIRECT) != 0) {
-        return false;
-    }
-#endif
-    if (atlas_seek(f, at) != 0 || fwrite(block.get(), 1, n_block, f) != n_block) {
-        return false;
-    }
-    n_begun = at;
-    at += n_block;
-    block.reset();
-    return true;
-}
-
-bool atlas_output::end() {
-    return !block || leave_direct();
-}
-
-//
-// atlas_writer
-//
 
 static json frames_to_json(const std::vector<atlas_frame> & frames, bool with_offset) {
     json res = json::array();

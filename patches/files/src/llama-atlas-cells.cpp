@@ -69,7 +69,7 @@ void llama_atlas::omega(const job & j, const layer & l, int32_t g, head & h, wor
         float * x = q + r*l.dk;
         memcpy(x, input::at(in.q, g*l.n_rep + r, j.rows[n_new - 1]), l.dk*sizeof(float));
         if (l.rope >= 0) {
-            atlas_rotate(x, j.t_query[l.rope].row(j.n_wait + n_new - 1), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
+            atlas_rotate(x, j.t_query[l.rope].row(j.n_early + n_new - 1), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
         }
         for (int32_t c = 0; c < l.dk; ++c) {
             x[c] *= l.scale;

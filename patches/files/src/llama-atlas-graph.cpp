@@ -23,7 +23,8 @@ void llama_atlas::reserve(seq & s, int64_t n_new) {
         s.heads = take_aside(std::min(n_tok, n_sink + n_cap), 2*n_rows);
     }
     s.heads.resize(n_heads);
-    s.wait.resize(layers.size());
+    s.wait  .resize(layers.size());
+    s.n_wait.resize(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {
         const layer & l = layers[i];
         for (int32_t g = 0; g < l.n_head_kv; ++g) {
@@ -175,24 +176,31 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
 
         j.t0     = s.n_tok;
         j.n_wait = s.n_wait;
+        j.n_early = *std::max_element(s.n_wait.begin(), s.n_wait.end());
         j.b0     = s.n_rep;
         j.b1     = std::max<int64_t>(0, s.n_win0 - n_sink)/n_block;
         j.slid   = s.slid;
         j.sinks  = s.slid && n_mem == 0;
-        if (n == 1 && has_cells && params.n_refresh < n_together) {
-            j.own    = s.slid || s.n_tok % params.n_refresh == 0;
-            j.score  = s.slid || s.n_wait + n >= n_together;
+        if (n_mem > 0 && n == 1 && (!has_cells || params.n_refresh < n_together)) {
+            j.own = has_cells && (s.slid || s.n_tok % params.n_refresh == 0);
+            // one layer after the other, so that no token waits for all of them
+            const bool first = s.slid && s.n_rep == 0; // nothing has survived yet
+            for (size_t i = 0; i < layers.size(); ++i) {
+                const bool turn = (j.t0 + n + i*n_together/layers.size()) % n_together == 0;
+                j.score.push_back(first || turn || j.n_wait[i] + n >= n_together);
+            }
         } else {
-            j.score  = n_mem > 0 && (s.slid || s.n_wait + n >= (has_cells ? params.n_refresh : n_together));
-            j.choose = j.score && has_cells;
+            const bool all = n_mem > 0 && (s.slid || j.n_early + n >= (has_cells ? params.n_refresh : n_together));
+            j.score.resize(layers.size(), all);
+            j.choose = all && has_cells;
         }
 
         std::vector<int32_t> pos_key, pos_query;
         for (int64_t t = j.t0; t < j.t0 + n; ++t) {
             pos_key.push_back(t);
         }
-        if (j.score || j.own) {
-            for (int64_t t = j.t0 - j.n_wait; t < j.t0 + n; ++t) {
+        if (j.own || std::find(j.score.begin(), j.score.end(), true) != j.score.end()) {
+            for (int64_t t = j.t0 - j.n_early; t < j.t0 + n; ++t) {
                 pos_query.push_back((int32_t) dist - t);
             }
         }
@@ -218,10 +226,12 @@ void llama_atlas::begin(const llama_ubatch & ubatch) {
         }
 
         // the error of the choice: one layer after the other, now and then
-        j.measure = j.score && (j.choose || j.own) ? (s.n_tok/n_together) % (int64_t) layers.size() : -1;
+        j.measure = j.choose || (j.own && (s.slid || s.n_tok % n_together == 0)) ? (s.n_tok/n_together) % (int64_t) layers.size() : -1;
 
         s.n_tok += n;
-        s.n_wait = n_mem == 0 ? 0 : j.score ? 0 : s.n_wait + n;
+        for (size_t i = 0; i < layers.size(); ++i) {
+            s.n_wait[i] = n_mem == 0 || j.score[i] ? 0 : s.n_wait[i] + n;
+        }
         s.n_rep  = j.b1;
         s.slid   = false;
         s.n_refresh += j.choose || j.own;

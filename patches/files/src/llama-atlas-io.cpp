@@ -24,7 +24,8 @@
 // the state of a sequence: the same code writes it and reads it, so that both agree
 // what is read may come from anywhere: sizes, counts, indices and numbers are checked before they are used
 
-static constexpr int32_t ATLAS_STATE_VERSION = 4; // 2: all rows of a head are one piece; 3: the archive has the cache's types
+// 2: all rows of a head are one piece; 3: the archive has the cache's types; 4: as many queries wait in each layer
+static constexpr int32_t ATLAS_STATE_VERSION = 5;
 
 // keys and values go in pieces of so many tokens that one of a layer has about so many bytes, as long as a state has not
 // too many of them
@@ -338,7 +339,14 @@ void llama_atlas::state_counters(state_io & io, seq & s) {
     io.num(n_mem);
     io.num(s.n_tok);
     io.num(s.n_win0);
-    io.num(s.n_wait);
+    s.n_wait.resize(layers.size());
+    for (auto & n_wait : s.n_wait) {
+        if (version > 4 || &n_wait == s.n_wait.data()) {
+            io.num(n_wait);
+        } else {
+            n_wait = s.n_wait[0];
+        }
+    }
     io.num(s.n_rep);
     io.num(first);
     io.num(s.n_refresh);
@@ -357,7 +365,8 @@ void llama_atlas::state_counters(state_io & io, seq & s) {
         demand(s.n_win0 == 0 || (s.n_win0 >= n_sink + n_mem && (s.n_win0 - n_sink) % n_block == 0), "the window is out of range");
         demand_fit(s.n_win0 == 0 || n_mem == this->n_mem, "the number of memory cells differs");
         demand_fit((s.n_win0 == 0 ? s.n_tok : n_sink + n_mem + s.n_tok - s.n_win0) <= n_ctx, "it has more cells than a sequence here");
-        demand(s.n_wait >= 0 && s.n_wait <= std::min(s.n_tok, ATLAS_WAIT_MAX), "the number of waiting queries is out of range");
+        demand(std::all_of(s.n_wait.begin(), s.n_wait.end(), [&](int64_t n) { return n >= 0 && n <= std::min(s.n_tok, ATLAS_WAIT_MAX); }),
+                "the number of waiting queries is out of range");
         demand(s.n_rep >= 0 && s.n_rep <= std::max<int64_t>(0, s.n_win0 - n_sink)/n_block, "the number of blocks is out of range");
         demand(first >= n_sink && first <= std::max(n_sink, s.n_win0) && (first - n_sink) % n_block == 0, "the archive is out of range");
         demand(s.n_refresh >= 0, "the number of refreshes is out of range");
@@ -535,18 +544,19 @@ void llama_atlas::state_layer(state_io & io, seq & s, size_t i_layer) {
 
     // queries that have not been scored; they are not worth much if there are more of them than can wait here
     const size_t n_query = (size_t) l.n_head_kv*l.n_rep*l.dk;
-    if (s.n_wait*n_query <= s.wait[i_layer].size()) {
-        io.raw(s.wait[i_layer].data(), s.n_wait*n_query*sizeof(float));
+    const size_t n_wait  = s.n_wait[i_layer]*n_query;
+    if (n_wait <= s.wait[i_layer].size()) {
+        io.raw(s.wait[i_layer].data(), n_wait*sizeof(float));
     } else {
-        io.skip(s.n_wait*n_query*sizeof(float));
+        io.skip(n_wait*sizeof(float));
     }
 
     if (!io.load) {
         return;
     }
 
-    if (s.n_wait*n_query <= s.wait[i_layer].size()) {
-        check_values(s.wait[i_layer].data(), s.n_wait*n_query);
+    if (n_wait <= s.wait[i_layer].size()) {
+        check_values(s.wait[i_layer].data(), n_wait);
     }
 
     std::vector<float> x(l.dk);
@@ -584,8 +594,11 @@ void llama_atlas::state_layer(state_io & io, seq & s, size_t i_layer) {
 
 // what is not in the state because it follows from it
 void llama_atlas::state_resume(seq & s, llama_seq_id seq_id) {
-    if ((size_t) s.n_wait*layers[0].n_head_kv*layers[0].n_rep*layers[0].dk > s.wait[0].size()) {
-        s.n_wait = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const layer & l = layers[i];
+        if ((size_t) s.n_wait[i]*l.n_head_kv*l.n_rep*l.dk > s.wait[i].size()) {
+            s.n_wait[i] = 0;
+        }
     }
     s.n_lost = std::max(s.n_lost, first_kept(s));
     if (s.n_win0 == 0) {

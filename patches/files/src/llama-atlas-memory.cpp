@@ -12,11 +12,12 @@
 // what the new queries look at counts for the survivors; a few wait until they are enough
 void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in, int64_t n_share) {
     const int64_t t1 = j.t0 + (int64_t) j.rows.size();
+    const size_t  i_layer = &l - layers.data();
 
-    if (j.score) {
+    if (j.score[i_layer]) {
         // each query is scored once; the last group, all of a chunk where they choose, is whole
         const int64_t n_group = j.choose ? std::max<int64_t>(params.n_chunk, params.n_refresh) : n_together;
-        int64_t q0 = std::max(j.t0 - j.n_wait, n_sink);
+        int64_t q0 = std::max(j.t0 - j.n_wait[i_layer], n_sink);
         for (int64_t n = (t1 - q0) % n_group; q0 < t1; n = n_group) {
             if (n > 0) {
                 score(j, l, g, h, w, it, in, q0, q0 + n, n_share);
@@ -32,11 +33,11 @@ void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, wo
             survivors(j, h, w);
         }
     } else if (n_mem > 0) {
-        float * dst = j.s->wait[&l - layers.data()].data();
+        float * dst = j.s->wait[i_layer].data();
         for (size_t i = 0; i < j.rows.size(); ++i) {
             for (int32_t r = 0; r < l.n_rep; ++r) {
                 const int64_t head = g*l.n_rep + r;
-                memcpy(dst + ((j.n_wait + i)*l.n_head_kv*l.n_rep + head)*l.dk, input::at(in.q, head, j.rows[i]), l.dk*sizeof(float));
+                memcpy(dst + ((j.n_wait[i_layer] + i)*l.n_head_kv*l.n_rep + head)*l.dk, input::at(in.q, head, j.rows[i]), l.dk*sizeof(float));
             }
         }
     }
@@ -142,6 +143,7 @@ void llama_atlas::candidates(const job & j, const head & h, work & w, int64_t n_
 // what the queries [q0, q1) are to be compared with: candidates from the archive, and the window
 void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, work & w, item & it, const input & in, int64_t q0, int64_t q1, int64_t n_share) {
     const seq & s = *j.s;
+    const size_t i_layer = &l - layers.data();
 
     const int64_t a1    = std::max(s.n_win0, n_sink);
     const int64_t nq    = q1 - q0;
@@ -167,11 +169,11 @@ void llama_atlas::score(const job & j, const layer & l, int32_t g, head & h, wor
         for (int32_t r = 0; r < l.n_rep; ++r) {
             const int64_t head = g*l.n_rep + r;
             const float * src = i >= 0 ? input::at(in.q, head, j.rows[i])
-                : s.wait[&l - layers.data()].data() + ((i + j.n_wait)*l.n_head_kv*l.n_rep + head)*l.dk;
+                : s.wait[i_layer].data() + ((i + j.n_wait[i_layer])*l.n_head_kv*l.n_rep + head)*l.dk;
             float * x = w.kt.data();
             memcpy(x, src, l.dk*sizeof(float));
             if (l.rope >= 0) {
-                atlas_rotate(x, j.t_query[l.rope].row(i + j.n_wait), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
+                atlas_rotate(x, j.t_query[l.rope].row(i + j.n_early), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
             }
             float * q = column(r*nq + t);
             for (int32_t c = 0; c < l.dk; ++c) {
@@ -320,7 +322,7 @@ void llama_atlas::ask(const job & j, const layer & l, int32_t g, head & h, work 
         float * x = q + r*l.dk;
         memcpy(x, input::at(in.q, g*l.n_rep + r, j.rows[0]), l.dk*sizeof(float));
         if (l.rope >= 0) {
-            atlas_rotate(x, j.t_query[l.rope].row(j.n_wait), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
+            atlas_rotate(x, j.t_query[l.rope].row(j.n_early), ropes[l.rope].n_rot, ropes[l.rope].neox, 1.0f);
         }
         for (int32_t c = 0; c < l.dk; ++c) {
             x[c] *= l.scale;

@@ -286,8 +286,10 @@ void llama_atlas::trim(seq & s, int64_t n) {
         s.active = false;
         return;
     }
-    s.n_wait = std::max<int64_t>(0, s.n_wait - (s.n_tok - n));
-    s.n_tok  = n;
+    for (auto & n_wait : s.n_wait) {
+        n_wait = std::max<int64_t>(0, n_wait - (s.n_tok - n));
+    }
+    s.n_tok = n;
     for (auto & h : s.heads) {
         h.t_cand = std::min(h.t_cand, n);
     }
@@ -531,7 +533,7 @@ int32_t llama_atlas::n_spare() const {
 
 void llama_atlas::forget(llama_seq_id seq_id) {
     seq & s = seqs[seq_id];
-    s.n_wait = 0;
+    std::fill(s.n_wait.begin(), s.n_wait.end(), 0);
     for (auto & h : s.heads) {
         std::fill(h.u.begin(), h.u.end(), 0.0f);
         h.surv.clear();

@@ -176,14 +176,14 @@ private:
 
         int64_t n_tok  = 0; // tokens seen, the next position
         int64_t n_win0 = 0; // the first token of the window; those before it have left
-        int64_t n_wait = 0; // of the last tokens: their queries wait to be scored
         int64_t n_rep  = 0; // archive blocks whose mean keys are known
         int64_t n_lost = 0; // the tokens before it, sinks aside, were not in the archive that was read from a file
         bool    slid   = false; // since the cells were written
 
         std::vector<head> heads;
 
-        std::vector<std::vector<float>> wait; // the waiting queries, per layer: [n_wait][n_head*dk]
+        std::vector<int64_t> n_wait; // per layer: of the last tokens: their queries wait to be scored
+        std::vector<std::vector<float>> wait; // ... and these, per layer: [n_wait][n_head*dk]
 
         std::vector<uint32_t>   cells;  // KV cells of the sinks and the memory cells, in this order
         std::vector<rope_table> t_cell; // per rope: angles of their places, valid until the next slide
@@ -245,9 +245,10 @@ private:
         uint32_t stream;
         std::vector<uint32_t> rows; // of the ubatch
         int64_t t0;     // the first new token
-        int64_t n_wait; // queries that waited before it
+        std::vector<int64_t> n_wait; // per layer: queries that waited before it
+        int64_t n_early; // the most of them
         int64_t b0, b1; // archive blocks that the last slide completed
-        bool    score;  // score the queries, or let them wait
+        std::vector<uint8_t> score;  // per layer: score the queries, or let them wait
         bool    choose; // fill the cells by the scores of these queries
         bool    own;    // fill the cells by the query of the one new token
         bool    slid;   // all their keys have to move

@@ -21,6 +21,9 @@ TEXT = (ROOT / "tests" / "data" / "text.txt").read_text()
 TYPES = {"f16": ["--atlas-type-k", "f16", "--atlas-type-v", "f16"], "q8_0": []}
 """Flags for the type of the archive."""
 
+WAITS = 4 * 4 + 3 * 8
+"""Bytes of the counters before those of waiting queries, beside 36 a layer."""
+
 KINDS = ("tokens", "counters", "cells", "keys", "values", "scores")
 
 
@@ -265,17 +268,31 @@ async def test_bad_files(start, smollm2, folder):
     assert (folder / answer["backup"]).read_bytes() == good
 
 
+def frames_of(data: bytes) -> list[tuple[dict[str, Any], bytes]]:
+    """Return the frames of a memory file: what its table says, and the stored bytes."""
+    size = struct.unpack_from("<I", data, 12)[0]
+    found, at = [], 24 + size
+    for frame in json.loads(data[16 : 16 + size])["frames"]:
+        found.append((frame, data[at : at + frame["stored"]]))
+        at += frame["stored"]
+    return found
+
+
+def counters_of(data: bytes) -> int:
+    """Return which frame has the counters."""
+    return next(n for n, (frame, _) in enumerate(frames_of(data)) if frame["purpose"] == "counters")
+
+
 def with_raw(data: bytes, number: int, change) -> bytes:
     """Return a memory file with other content in one frame, all checksums right."""
     size = struct.unpack_from("<I", data, 12)[0]
     header = json.loads(data[16 : 16 + size])
-    frames = header["frames"]
-    at = 24 + size + sum(frame["stored"] for frame in frames[:number])
-    old = data[at : at + frames[number]["stored"]]
-    raw = change(bytearray(zstandard.decompress(old)))
+    frames = frames_of(data)
+    raw = change(bytearray(zstandard.decompress(frames[number][1])))
     new = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(raw))
-    frames[number] |= {"raw": len(raw), "stored": len(new), "xxh64": xxhash.xxh64(new).hexdigest()}
-    return with_header(data[:at] + new + data[at + len(old) :], lambda _: json.dumps(header).encode())
+    header["frames"][number] |= {"raw": len(raw), "stored": len(new), "xxh64": xxhash.xxh64(new).hexdigest()}
+    stored = [new if n == number else old for n, (_, old) in enumerate(frames)]
+    return with_header(data[: 24 + size] + b"".join(stored), lambda _: json.dumps(header).encode())
 
 
 async def test_hostile_states_with_right_checksums(start, smollm2, folder):
@@ -389,20 +406,26 @@ async def test_a_file_goes_to_a_server_with_an_archive_of_another_type(start, sm
         await running.json("DELETE", f"/v1/atlas/memory?file=book&model={model}")
 
 
-async def test_a_file_from_before_the_archive_had_types_of_its_own(start, smollm2, folder):
-    running = await start({"small": smollm2}, **sections(folder, *TYPES["f16"]))
+@pytest.mark.parametrize("version", [3, 4])
+async def test_a_file_of_an_older_version(start, smollm2, folder, version):
+    # every 16 tokens all layers fill their cells, and score what has waited
+    running = await start({"small": smollm2}, **sections(folder, *TYPES["f16"], "--atlas-refresh", "16"))
     await complete(running, TEXT[:4000], tokens=1, memory_file="new")
     file = folder / "new.atlas"
     good = file.read_bytes()
-    frames = json.loads(good[16 : 16 + struct.unpack_from("<I", good, 12)[0]])["frames"]
-    number = next(n for n, frame in enumerate(frames) if frame["purpose"] == "counters")
+    number = counters_of(good)
 
     def older(raw: bytearray) -> bytes:
-        version, layers = struct.unpack_from("<2i", raw)
-        assert version == 4
-        rest = raw[8:]
-        kept = b"".join(rest[i * 36 : i * 36 + 28] for i in range(layers))
-        return struct.pack("<2i", 3, layers) + kept + rest[layers * 36 :]
+        now, layers = struct.unpack_from("<2i", raw)
+        assert now == 5
+        waits = WAITS + 36 * layers
+        assert raw[waits : waits + 8 * layers] == layers * raw[waits : waits + 8]
+        types = raw[8 : 8 + 36 * layers]
+        if version < 4:  # the archive had the cache's types
+            types = b"".join(types[i * 36 : i * 36 + 28] for i in range(layers))
+        return (
+            struct.pack("<2i", version, layers) + types + raw[8 + 36 * layers : waits + 8] + raw[waits + 8 * layers :]
+        )
 
     (folder / "old.atlas").write_bytes(with_raw(good, number, older))
     answers = [await complete(running, " and so", tokens=32, memory_file=name) for name in ("new", "old")]
@@ -414,6 +437,17 @@ async def test_a_file_from_before_the_archive_had_types_of_its_own(start, smollm
     (folder / "bad.atlas").write_bytes(wrong)
     status, answer = await running.json("POST", "/v1/atlas/memory/load", {"filename": "bad"})
     assert status == 400 and "unknown type" in answer["error"]["message"], answer
+
+
+async def test_each_layer_scores_its_queries_in_its_turn(start, smollm2, folder):
+    running = await start({"small": smollm2}, **sections(folder))
+    await complete(running, TEXT[:4000], tokens=24, memory_file="turns")
+    data = (folder / "turns.atlas").read_bytes()
+    raw = zstandard.decompress(frames_of(data)[counters_of(data)][1])
+    layers = struct.unpack_from("<i", raw, 4)[0]
+    waits = struct.unpack_from(f"<{layers}q", raw, WAITS + 36 * layers)
+    # queries are scored 16 together; no token has to wait for more than two layers of the thirty
+    assert sorted(set(waits)) == list(range(16)) and max(waits.count(n) for n in waits) == 2, waits
 
 
 async def test_the_memory_of_the_last_request_persists(start, smollm2, folder):
@@ -431,7 +465,7 @@ async def test_a_hostile_number_of_tokens_is_refused_at_once(start, smollm2, fol
     good = (folder / "good.atlas").read_bytes()
     size = struct.unpack_from("<I", good, 12)[0]
     header = json.loads(good[16 : 16 + size])
-    number = next(n for n, frame in enumerate(header["frames"]) if frame["purpose"] == "counters")
+    number = counters_of(good)
     right = struct.pack("<q", header["session"]["n_tokens"])
     for wrong in (-(1 << 63), -1, 0, 1 << 23, 1 << 40, (1 << 63) - 1):
         bad = with_raw(good, number, lambda raw, wrong=wrong: raw.replace(right, struct.pack("<q", wrong), 1))

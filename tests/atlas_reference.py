@@ -79,8 +79,8 @@ class Model:
     def losses(self, tokens: list[int], context: int, cells: int, first: int) -> Array:
         """Return the negative log-likelihood of each token behind `first`, from where on tokens are read one by one."""
         x = self.weights["token_embd.weight"][tokens]
-        reading = list(steps(len(tokens), first, context, cells))
         for number in range(self.layers):
+            reading = list(steps(len(tokens), first, context, cells, number * TOGETHER // self.layers))
 
             def times(y: Array, name: str, number: int = number) -> Array:
                 return y @ self.weights[f"blk.{number}.{name}.weight"].T
@@ -121,20 +121,28 @@ class Step:
     """One token of an answer, whose own queries choose."""
 
 
-def steps(total: int, first: int, context: int, cells: int) -> Iterator[Step]:
-    """Yield how a text is read: `first` tokens in chunks, as a prompt, the others one by one, as an answer."""
+def steps(total: int, first: int, context: int, cells: int, turn: int) -> Iterator[Step]:
+    """Yield how a layer reads a text: `first` tokens in chunks, as a prompt, the others one by one, as an answer.
+
+    The tokens of an answer are counted TOGETHER when `turn` tokens less than a multiple of that have been read, which
+    is another number for each layer.
+    """
     done = window = waiting = 0
     while done < total:
         n = min(CHUNK, first - done) if done < first else 1
         used = done - window + SINKS + cells if window else done
-        if slides := used >= context:
+        slides = used >= context
+        begins = slides and not window
+        if slides:
             before = window or SINKS + cells
             window = before + -(-(used + n - context) // BLOCK) * BLOCK
         else:
             n = min(n, context - used)
-        alone = n == 1 and window > 0
-        counts = slides or waiting + n >= (TOGETHER if alone or not window else 1)
-        yield Step(done, done + n, window, waiting, counts, alone)
+        if n == 1:
+            counts = begins or (done + n + turn) % TOGETHER == 0 or waiting + n >= TOGETHER
+        else:
+            counts = slides or waiting + n >= (1 if window else TOGETHER)
+        yield Step(done, done + n, window, waiting, counts, n == 1 and window > 0)
         waiting = 0 if counts else waiting + n
         done += n
 

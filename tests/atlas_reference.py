@@ -76,11 +76,14 @@ class Model:
         """RMS norm; x: [n, embedding]."""
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * self.weights[f"{name}.weight"]
 
-    def losses(self, tokens: list[int], context: int, cells: int, first: int) -> Array:
-        """Return the negative log-likelihood of each token behind `first`, from where on tokens are read one by one."""
+    def losses(self, tokens: list[int], context: int, cells: int, first: int, refresh: int = 1) -> Array:
+        """Return the negative log-likelihood of each token behind `first`, from where on tokens are read one by one.
+
+        Of these every `refresh`-th chooses what is in the cells.
+        """
         x = self.weights["token_embd.weight"][tokens]
         for number in range(self.layers):
-            reading = list(steps(len(tokens), first, context, cells, number * TOGETHER // self.layers))
+            reading = list(steps(len(tokens), first, context, cells, refresh, number * TOGETHER // self.layers))
 
             def times(y: Array, name: str, number: int = number) -> Array:
                 return y @ self.weights[f"blk.{number}.{name}.weight"].T
@@ -118,10 +121,12 @@ class Step:
     counts: bool
     """The queries are counted."""
     alone: bool
-    """One token of an answer, whose own queries choose."""
+    """One token of an answer."""
+    chooses: bool
+    """It fills the cells."""
 
 
-def steps(total: int, first: int, context: int, cells: int, turn: int) -> Iterator[Step]:
+def steps(total: int, first: int, context: int, cells: int, refresh: int, turn: int) -> Iterator[Step]:
     """Yield how a layer reads a text: `first` tokens in chunks, as a prompt, the others one by one, as an answer.
 
     The tokens of an answer are counted TOGETHER when `turn` tokens less than a multiple of that have been read, which
@@ -142,7 +147,9 @@ def steps(total: int, first: int, context: int, cells: int, turn: int) -> Iterat
             counts = begins or (done + n + turn) % TOGETHER == 0 or waiting + n >= TOGETHER
         else:
             counts = slides or waiting + n >= (1 if window else TOGETHER)
-        yield Step(done, done + n, window, waiting, counts, n == 1 and window > 0)
+        alone = n == 1 and window > 0
+        chooses = window > 0 and (slides or not alone or done % refresh == 0)
+        yield Step(done, done + n, window, waiting, counts, alone, chooses)
         waiting = 0 if counts else waiting + n
         done += n
 
@@ -198,11 +205,11 @@ class Head:
             if step.window:
                 age = step.end + 1 - np.arange(SINKS, step.window)
                 self.survivors = [SINKS + i for i in top(self.got[SINKS : step.window] / age, self.cells)]
-        if step.alone:
+        if step.alone and step.chooses:
             query = self.asking[:, step.start]
             tokens = self._candidates(query, step.window)
             relevance = tokens, softmax(query @ self.key[tokens].T).sum(0)
-        if step.window:
+        if step.chooses:
             assert relevance is not None
             self._choose(step.window, *relevance)
 

@@ -29,7 +29,7 @@ void llama_atlas::listen(const job & j, const layer & l, int32_t g, head & h, wo
                 score_end(l, h, w, it);
             }
         }
-        if (j.own) {
+        if (j.s->n_win0 > 0) { // whether or not this token chooses: a later one does
             survivors(j, h, w);
         }
     } else if (n_mem > 0) {

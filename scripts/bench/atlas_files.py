@@ -90,7 +90,7 @@ class Stream(threading.Thread):
 
 @contextlib.contextmanager
 def streaming(running: MemoryServer, tokens: int = 100_000) -> Iterator[Stream]:
-    """Let another slot stream meanwhile; it is free again at the end."""
+    """Let another slot stream meanwhile; it is free again at the end. Raises `BenchError` when it is not."""
     stream = Stream(running, tokens)
     try:
         while not stream.times:
@@ -101,8 +101,11 @@ def streaming(running: MemoryServer, tokens: int = 100_000) -> Iterator[Stream]:
     finally:
         stream.enough.set()
         stream.join(30)
-        while any(slot["is_processing"] for slot in running.want(running.ask("GET", "/slots"))):
-            time.sleep(0.01)
+    for _ in range(3000):
+        if not any(slot["is_processing"] for slot in running.want(running.ask("GET", "/slots"))):
+            return
+        time.sleep(0.01)
+    raise BenchError("the other slot's stream does not end")
 
 
 def tokens_of(running: MemoryServer, text: str, count: int) -> list[int]:

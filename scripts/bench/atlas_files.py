@@ -133,7 +133,7 @@ def measure(running: MemoryServer, prompt: list[int], rounds: int, quiet: float,
     stall is the longest gap in the stream less the median gap of `quiet` seconds before, which begin `settle` seconds
     after what was done before: the host of a virtual machine may take back freed memory, the pages of a deleted file
     too, two seconds later, and everything waits then. Each round has a stream of its own, for a longer one is slower:
-    after 2,000 tokens a token takes twice the time.
+    after 2,000 tokens a token takes twice the time. `stream_noise` is what the quiet seconds have for a stall.
     """
     slot = running.want(running.complete(prompt, 1, memory_file="book"))["atlas"]["saved"]["slot"]
     row: Json = {"tokens": len(prompt)}
@@ -180,7 +180,8 @@ def measure(running: MemoryServer, prompt: list[int], rounds: int, quiet: float,
             usual.append(statistics.median(before))
             worst.append(max(before) - statistics.median(before))
         row[f"{what}_stall"], row[f"{what}_stalls"] = statistics.median(stalls), stalls
-        row[f"{what}_stream_gap"], row[f"{what}_stream_noise"] = statistics.median(usual), statistics.median(worst)
+        row[f"{what}_stream_gap"] = statistics.median(usual)
+        row[f"{what}_stream_noise"] = worst
     forget()
     return row
 
@@ -334,7 +335,9 @@ def _report(result: Json, before: Json, as_json: bool) -> int:
             f"{1000 * row[f'{what}_stall']:.0f} ({1000 * max(row[f'{what}_stalls']):.0f}) ms"
             for what in ("whole", "save", "load")
         )
-        gap = f"gap {1000 * row['save_stream_gap']:.0f} ms, longest alone +{1000 * row['save_stream_noise']:.0f} ms"
+        noise = [seen for what in ("whole", "save", "load") for seen in row[f"{what}_stream_noise"]]
+        alone = f"{1000 * statistics.median(noise):.0f} ({1000 * max(noise):.0f})"
+        gap = f"gap {1000 * row['save_stream_gap']:.0f} ms, alone {alone} ms"
         print(
             f"{row['cache']:5} {row['tokens']:>7}  {sizes} {row['stored'] / row['tokens'] / 1e3:>5.1f} KB"
             f" {row['whole_seconds']:>6.2f} s, {row['save_seconds']:.2f} s ({row['save_written'] / 1e6:.1f} MB),"
